@@ -1,0 +1,134 @@
+"""The result file of `coldstart bench`: strict and frozen, raw samples first, times in seconds.
+
+Moments are seconds since the Unix epoch, as in runtime.phases; durations end in `_seconds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final, Literal, Self
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+from runtime.phases import Phase, PhaseEvent, covered_seconds
+
+SCHEMA_VERSION: Final = 1
+
+STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """What the container engine says about an image.
+
+    reference: as the user named it; id: the engine's content id ("sha256:..."), by which it is also started,
+    so that a tag that moves during the benchmark changes nothing; size: bytes on disk.
+    """
+
+    reference: str
+    id: str
+    size: int
+    labels: dict[str, str] = field(default_factory=dict)
+
+
+class Machine(BaseModel):
+    """Where it was measured. `memory`: bytes."""
+
+    model_config = STRICT
+
+    cpu_model: str
+    cores: int
+    memory: int
+    kernel: str
+    platform: str
+    docker_engine: str | None = None
+
+
+class Workload(BaseModel):
+    """The one request whose first token ends a run; greedy, so that answers can be compared."""
+
+    model_config = STRICT
+
+    prompt: str = "The capital of France is"
+    max_tokens: int = Field(default=16, gt=0)
+    temperature: Literal[0] = 0
+
+
+class Run(BaseModel):
+    """One start of one image, kept also where it failed.
+
+    order: position in the whole benchmark; index: how many runs of the same image came before; from 0.
+    created_at: just before the container was created. ready_seconds, total_seconds: from there to the
+    client's first 200 of /v1/models, and to the first streamed token. unattributed_seconds: the part of the
+    total that no phase covers. phases_from: "runtime" where the image reported its phases at /startup,
+    "client" where only what the client sees is known. exit_code, stop_seconds: of SIGTERM at the end;
+    log_tail: of failed runs.
+    """
+
+    model_config = STRICT
+
+    image: str
+    index: int = Field(ge=0)
+    order: int = Field(ge=0)
+    ok: bool
+    error: str = ""
+    created_at: float
+    ready_seconds: float | None = None
+    total_seconds: float | None = None
+    unattributed_seconds: float | None = None
+    phases: tuple[PhaseEvent, ...] = ()
+    phases_from: Literal["runtime", "client"] = "client"
+    answer: str = ""
+    exit_code: int | None = None
+    stop_seconds: float | None = None
+    warnings: tuple[str, ...] = ()
+    log_tail: str = ""
+
+    @model_validator(mode="after")
+    def _measured_or_explained(self) -> Self:
+        if self.ok and None in (self.ready_seconds, self.total_seconds, self.unattributed_seconds):
+            raise ValueError("a run that succeeded has ready_seconds, total_seconds and unattributed_seconds")
+        if self.ok == bool(self.error):
+            raise ValueError("a run either succeeded or has an error")
+        return self
+
+    @property
+    def end(self) -> float:
+        """The first token's arrival; of a failed run, the end of its last event."""
+        if self.total_seconds is not None:
+            return self.created_at + self.total_seconds
+        return max((event.end for event in self.phases), default=self.created_at)
+
+    def seconds_in(self, phase: Phase) -> float:
+        """Wall seconds of this run in which at least one process was in `phase`."""
+        events = [event for event in self.phases if event.phase == phase]
+        return covered_seconds(events, self.created_at, self.end)
+
+
+class BenchResult(BaseModel):
+    """Everything that one benchmark measured. `images` are in the order given; the first is the baseline."""
+
+    model_config = STRICT
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    created: AwareDatetime
+    machine: Machine
+    workload: Workload
+    images: tuple[ImageFacts, ...]
+    runs_per_image: int = Field(gt=0)
+    # Said, not hidden: nothing is dropped or primed, so the first run of an image may read from disk what the
+    # later ones find in memory.
+    page_cache: Literal["not controlled"] = "not controlled"
+    runs: tuple[Run, ...] = ()
+
+    def runs_of(self, image: str) -> tuple[Run, ...]:
+        """All runs of an image reference, failed ones too, in the order they ran."""
+        return tuple(run for run in self.runs if run.image == image)
+
+    def measured(self, image: str) -> tuple[Run, ...]:
+        """The runs of an image reference that reached their first token and finished."""
+        return tuple(run for run in self.runs_of(image) if run.ok)
+
+    @property
+    def failed(self) -> tuple[Run, ...]:
+        return tuple(run for run in self.runs if not run.ok)

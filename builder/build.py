@@ -1,0 +1,150 @@
+"""The one way through: resolve, quantize, plan, render, execute. The CLI's commands are slices of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import platformdirs
+
+from builder import models, render
+from builder.errors import HostError
+from builder.plan import BaseImage, BuildPlan, make_plan
+from builder.report import Reporter
+from builder.spec import CPU_BASE, ImageSpec
+
+if TYPE_CHECKING:
+    from builder.docker_engine import DockerEngine
+
+# Besides the weights: the runtime's layers, the engine's own bookkeeping, and some air.
+_SPARE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class BuiltImage:
+    """What a build made. id: the engine's image id; digest: the registry's, after a push."""
+
+    tag: str
+    id: str
+    digest: str | None
+    plan: BuildPlan
+    weights_reused: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tag": self.tag,
+            "id": self.id,
+            "digest": self.digest,
+            "weights_image": self.plan.weights.tag,
+            "weights_reused": self.weights_reused,
+            "model_digest": f"sha256:{self.plan.lock.digest}",
+            "manifest": self.plan.manifest,
+        }
+
+
+def cache_folder() -> Path:
+    """Downloads' derivatives, the quantizer's environment and memos; safe to delete at any time."""
+    return Path(platformdirs.user_cache_dir("coldstart", appauthor=False))
+
+
+def prepare_model(spec: ImageSpec, reporter: Reporter) -> models.ModelSnapshot:
+    """The snapshot that the image will carry: resolved, checked, and quantized where asked for."""
+    snapshot = models.resolve(models.parse_ref(spec.model, spec.revision), reporter)
+    if spec.quantize is None:
+        return snapshot
+    from builder.quantize import choose_recipe, quantize_awq
+
+    recipe = choose_recipe(snapshot.config)
+    form = "symmetric" if recipe.symmetric else "asymmetric"
+    reporter.step(f"Quantizing to AWQ: int4, groups of {recipe.group_size}, {form}")
+    folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter)
+    quantized = models.snapshot_of_folder(folder, snapshot.lock, reporter)
+    before, after = snapshot.lock.total_bytes, quantized.lock.total_bytes
+    reporter.note(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB")
+    return quantized
+
+
+def guess_base(spec: ImageSpec) -> BaseImage:
+    """The base as its name suggests, for plans made without an engine."""
+    device = "cpu" if spec.base.rsplit(":", 1)[0] == CPU_BASE.rsplit(":", 1)[0] else "cuda"
+    return BaseImage(spec.base, None, device)  # type: ignore[arg-type]
+
+
+def inspect_base(spec: ImageSpec, engine: DockerEngine, reporter: Reporter) -> BaseImage:
+    """The base as the engine sees it; its vLLM's parser has accepted the engine arguments."""
+    reporter.step(f"Looking into {spec.base}")
+    base = engine.base_image(spec.base, spec.platform, reporter)
+    if spec.engine_args and not _accepted_before(base, spec.engine_args):
+        reporter.step("Asking vLLM's parser about the engine arguments")
+        engine.check_engine_args(base, spec.engine_args)
+        _remember_accepted(base, spec.engine_args)
+    return base
+
+
+def build(spec: ImageSpec, engine: DockerEngine, reporter: Reporter, *, push: bool) -> BuiltImage:
+    base = inspect_base(spec, engine, reporter)  # first: a wrong base or flag should not cost a download
+    snapshot = prepare_model(spec, reporter)
+    plan = make_plan(spec, snapshot.lock, base)
+    weights = engine.image(plan.weights.tag)
+    reused = weights is not None and weights.labels.get("dev.coldstart.weights.key") == plan.weights.key
+    if reused:
+        reporter.step(f"Weights image {plan.weights.tag} is here already; no weight is sent")
+    else:
+        _require_space(engine.data_root, plan.disk_bytes)
+        reporter.step(f"Building the weights image {plan.weights.tag}")
+        engine.build(
+            render.render_weights(plan, snapshot.root),
+            plan.weights.tag,
+            platform=spec.platform,
+            reporter=reporter,
+        )
+    reporter.step(f"Building {plan.tag}")
+    image = engine.build(render.render_image(plan), plan.tag, platform=spec.platform, reporter=reporter)
+    digest = engine.push(plan.tag, reporter) if push else None
+    _remember_last(plan.tag)
+    return BuiltImage(plan.tag, image, digest, plan, reused)
+
+
+def last_built() -> str | None:
+    """The tag of the newest successful build on this machine."""
+    path = cache_folder() / "last-built"
+    return path.read_text().strip() if path.exists() else None
+
+
+def _remember_last(tag: str) -> None:
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "last-built").write_text(tag + "\n")
+
+
+def _memo(base: BaseImage, arguments: tuple[str, ...]) -> Path:
+    key = hashlib.sha256(json.dumps([base.identity, arguments]).encode()).hexdigest()
+    return cache_folder() / "accepted-arguments" / key
+
+
+def _accepted_before(base: BaseImage, arguments: tuple[str, ...]) -> bool:
+    return base.id is not None and _memo(base, arguments).exists()
+
+
+def _remember_accepted(base: BaseImage, arguments: tuple[str, ...]) -> None:
+    memo = _memo(base, arguments)
+    memo.parent.mkdir(parents=True, exist_ok=True)
+    memo.touch()
+
+
+def _require_space(data_root: str, needed: int) -> None:
+    """The engine's disk, when it is on this machine (a remote engine's is not ours to look at)."""
+    folder = Path(data_root)
+    if not folder.exists():
+        return
+    free = shutil.disk_usage(folder).free
+    if free < needed + _SPARE_BYTES:
+        raise HostError(
+            f"the build needs {(needed + _SPARE_BYTES) / 1e9:.1f} GB",
+            why=f"Docker Engine's disk has {free / 1e9:.1f} GB free.",
+            fix="Free some with `docker image prune`, or move the engine's data root.",
+        )

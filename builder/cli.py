@@ -1,0 +1,361 @@
+"""The command line. The only module that prints, prompts or exits; imports stay lazy for a quick --help."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from builder import __version__
+from builder.errors import BuildError, ColdstartError, InputError, VerifyError
+
+if TYPE_CHECKING:
+    from builder.console import ConsoleReporter
+    from builder.plan import BuildPlan
+    from builder.spec import ImageSpec
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="coldstart",
+    help="Turn a model name into a container image that serves it with vLLM and starts fast.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+base_app = typer.Typer(help="Make base images.", no_args_is_help=True)
+app.add_typer(base_app, name="base")
+
+ModelArgument = Annotated[
+    str | None, typer.Argument(help="A folder, or a hub name such as Qwen/Qwen3-8B[@revision].")
+]
+EngineArguments = Annotated[
+    list[str] | None,
+    typer.Argument(help="vLLM's own arguments, after `--`.", metavar="[-- ENGINE ARGUMENTS]"),
+]
+Quantize = Annotated[str | None, typer.Option(help="Quantize the weights: awq.")]
+Tag = Annotated[str | None, typer.Option("--tag", "-t", help="Name of the image.")]
+Base = Annotated[str | None, typer.Option(help="Base image with vLLM; default vllm/vllm-openai, pinned.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
+Platform = Annotated[str | None, typer.Option(help="Target platform, e.g. linux/amd64.")]
+ServedName = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")]
+SpecFile = Annotated[Path | None, typer.Option("--file", "-f", help="coldstart.yaml; flags win over it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"coldstart {__version__}")
+        raise typer.Exit
+    if debug:
+        os.environ["COLDSTART_DEBUG"] = "1"
+
+
+@app.command()
+def build(
+    model: ModelArgument = None,
+    engine_args: EngineArguments = None,
+    quantize: Quantize = None,
+    tag: Tag = None,
+    base: Base = None,
+    revision: Revision = None,
+    platform: Platform = None,
+    served_model_name: ServedName = None,
+    file: SpecFile = None,
+    push: Annotated[bool, typer.Option("--push", help="Push the image when it is built.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the image of a model."""
+    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
+    if push and not spec.tag:
+        raise InputError("--push needs a tag", fix="Give -t REGISTRY/NAME:TAG.")
+    from builder import build as pipeline
+    from builder.docker_engine import DockerEngine
+
+    reporter = _reporter()
+    built = pipeline.build(spec, DockerEngine(), reporter, push=push)
+    if as_json:
+        typer.echo(json.dumps(built.to_json()))
+    else:
+        typer.echo(f"{built.tag} {built.digest or built.id}")
+
+
+@app.command()
+def plan(
+    model: ModelArgument = None,
+    engine_args: EngineArguments = None,
+    quantize: Quantize = None,
+    tag: Tag = None,
+    base: Base = None,
+    revision: Revision = None,
+    platform: Platform = None,
+    served_model_name: ServedName = None,
+    file: SpecFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show what would be in the image. Nothing is built; needs no Docker Engine."""
+    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
+    made, quantized_later = _plan_without_building(spec, _reporter())
+    if as_json:
+        typer.echo(json.dumps(_plan_json(made, quantized_later)))
+        return
+    _print_plan(made, quantized_later)
+
+
+@app.command()
+def render(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
+    model: ModelArgument = None,
+    engine_args: EngineArguments = None,
+    quantize: Quantize = None,
+    tag: Tag = None,
+    base: Base = None,
+    revision: Revision = None,
+    platform: Platform = None,
+    served_model_name: ServedName = None,
+    file: SpecFile = None,
+) -> None:
+    """Write the Dockerfiles and their contexts, for plain `docker build`."""
+    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output} is not an empty folder", fix="Give a new folder.")
+    from builder import build as pipeline
+    from builder.plan import make_plan
+    from builder.rendered_folder import write
+
+    reporter = _reporter()
+    snapshot = pipeline.prepare_model(spec, reporter)
+    made = make_plan(spec, snapshot.lock, _known_base(spec, reporter))
+    write(made, snapshot.root, output)
+    platform_flag = f"--platform {spec.platform} " if spec.platform else ""
+    typer.echo(f"docker build {platform_flag}-t {made.weights.tag} {output / 'weights'}")
+    typer.echo(f"docker build {platform_flag}-t {made.tag} {output / 'image'}")
+
+
+@app.command()
+def verify(
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")], as_json: Json = False
+) -> None:
+    """Check labels, file digests, user, modes, and that no token is in the image."""
+    from builder.docker_engine import DockerEngine
+    from builder.verify import verify as run_checks
+
+    checks = run_checks(DockerEngine(), image)
+    failed = [check.name for check in checks if not check.ok]
+    if as_json:
+        rows = [{"name": c.name, "ok": c.ok, "found": c.found} for c in checks]
+        typer.echo(json.dumps({"image": image, "ok": not failed, "checks": rows}))
+    else:
+        for check in checks:
+            typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name}: {check.found}")
+    if failed:
+        raise VerifyError(f"{image} does not hold: {', '.join(failed)}", fix="Build it again.")
+
+
+@app.command()
+def bench(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Images to start; default: the one built last.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Starts of each image.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+) -> None:
+    """Start images in turn and time every phase, to the first token."""
+    from benchmarks.harness import run_benchmark
+    from benchmarks.report import comparison
+    from builder import build as pipeline
+    from builder.bench_host import DockerHost
+    from builder.docker_engine import DockerEngine
+
+    chosen = images or [tag for tag in (pipeline.last_built(),) if tag]
+    if not chosen:
+        raise InputError("no image given, and none was built here yet", fix="Name an image.")
+    if json_file and not json_file.parent.is_dir():
+        raise InputError(f"{json_file.parent} is not a folder", fix="Give --json a path in one that exists.")
+    engine = DockerEngine()
+
+    def save(result: Any) -> None:
+        if json_file:
+            part = json_file.with_name(json_file.name + ".part")
+            part.write_text(result.model_dump_json(indent=1) + "\n")
+            part.replace(json_file)
+
+    result = run_benchmark(
+        DockerHost(engine), chosen, runs, reporter=_reporter(), save=save, engine_version=engine.version
+    )
+    from rich.console import Console
+
+    Console().print(comparison(result))
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
+    if any(not run.ok for run in result.runs):
+        raise VerifyError("some starts failed", fix="Their reasons stand above and in the raw samples.")
+
+
+@base_app.command("cpu")
+def base_cpu(
+    from_image: Annotated[
+        str, typer.Option("--from", help="A Debian or python image, e.g. python:3.11-slim.")
+    ],
+    tag: Tag = None,
+    wheels: Annotated[Path | None, typer.Option(help="Folder of extra wheels that pip may use.")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="CA bundle for pip, behind a proxy; not kept in the image.")
+    ] = None,
+) -> None:
+    """Make the CPU base image: vLLM built for CPUs on top of a Debian or python image."""
+    from builder.base_cpu import build_base_cpu
+    from builder.docker_engine import DockerEngine
+    from builder.spec import CPU_BASE
+
+    name = tag or CPU_BASE
+    image = build_base_cpu(DockerEngine(), from_image, name, wheels=wheels, ca=ca, reporter=_reporter())
+    typer.echo(f"{name} {image}")
+
+
+def _spec(
+    file: Path | None,
+    model: str | None,
+    engine_args: list[str] | None,
+    quantize: str | None,
+    tag: str | None,
+    base: str | None,
+    revision: str | None,
+    platform: str | None,
+    served_model_name: str | None,
+) -> ImageSpec:
+    from builder.spec import load_spec
+
+    flags = {
+        "model": model,
+        "engine_args": tuple(engine_args or ()),
+        "quantize": quantize,
+        "tag": tag,
+        "base": base,
+        "revision": revision,
+        "platform": platform,
+        "served_model_name": served_model_name,
+    }
+    return load_spec(file, flags)
+
+
+def _known_base(spec: ImageSpec, reporter: ConsoleReporter) -> Any:
+    """The base as an engine that answers and has it sees it, else as its name suggests."""
+    from builder import build as pipeline
+    from builder.docker_engine import DockerEngine
+    from builder.errors import HostError
+
+    try:
+        engine = DockerEngine()
+    except HostError:
+        reporter.note("No Docker Engine answers; the base is taken by its name.")
+        return pipeline.guess_base(spec)
+    if engine.image(spec.base) is None:
+        reporter.note(f"{spec.base} is not here; it is taken by its name.")
+        return pipeline.guess_base(spec)
+    return pipeline.inspect_base(spec, engine, reporter)
+
+
+def _plan_without_building(spec: ImageSpec, reporter: ConsoleReporter) -> tuple[BuildPlan, str | None]:
+    """The plan, and what quantization would still change about it (a plan does not quantize)."""
+    from builder import build as pipeline
+    from builder import models
+    from builder.plan import make_plan
+
+    base = _known_base(spec, reporter)
+    snapshot = models.resolve(models.parse_ref(spec.model, spec.revision), reporter)
+    later = None
+    if spec.quantize:
+        from builder.quantize import choose_recipe, finished_result
+
+        recipe = choose_recipe(snapshot.config)
+        done = finished_result(snapshot, recipe, cache=pipeline.cache_folder())
+        if done:
+            snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)
+        else:
+            later = f"awq int4 g{recipe.group_size}"
+    return make_plan(spec, snapshot.lock, base), later
+
+
+def _plan_json(made: BuildPlan, quantized_later: str | None) -> dict[str, Any]:
+    return {
+        "tag": made.tag,
+        "weights_image": made.weights.tag if not quantized_later else None,
+        "quantize_first": quantized_later,
+        "layers": [
+            {"target": layer.target, "bytes": layer.bytes, "files": [f.path for f in layer.files]}
+            for layer in made.weights.layers
+        ],
+        "disk_bytes": made.disk_bytes,
+        "environment": dict(made.environment),
+        "labels": dict(made.labels),
+        "manifest": made.manifest,
+    }
+
+
+def _print_plan(made: BuildPlan, quantized_later: str | None) -> None:
+    def size(number: int) -> str:
+        return f"{number / 1e6:,.1f} MB"
+
+    typer.echo(f"image            {made.tag}")
+    typer.echo(
+        f"base             {made.base.reference} ({made.base.device}, vLLM {made.base.vllm_version or '?'})"
+    )
+    typer.echo(f"model            {made.lock.name} from {made.lock.source}, sha256:{made.lock.digest[:16]}")
+    typer.echo(f"served as        {made.served_model_name}")
+    typer.echo(f"quantization     {made.lock.quantization or 'none'}")
+    if quantized_later:
+        typer.echo(
+            f"                 would be quantized first: {quantized_later}; sizes below are of the original"
+        )
+    typer.echo(f"engine arguments {' '.join(made.engine_args) or 'none'}")
+    typer.echo(f"disk needed      {size(made.disk_bytes)} in Docker Engine's data root")
+    for number, layer in enumerate(made.weights.layers):
+        typer.echo(f"layer {number:<2}         {size(layer.bytes)} in {layer.target}")
+        for entry in layer.files:
+            typer.echo(f"                 {entry.path} {size(entry.size)}")
+    typer.echo("on top           runtime, manifest, labels, user " + made.user)
+
+
+def _reporter() -> ConsoleReporter:
+    from rich.console import Console
+
+    from builder.console import ConsoleReporter
+
+    return ConsoleReporter(Console(stderr=True))
+
+
+def _show(error: ColdstartError) -> None:
+    if isinstance(error, BuildError) and error.log:
+        print(error.log, file=sys.stderr)
+    print(f"error: {error.what}", file=sys.stderr)
+    for part in (error.why, error.fix):
+        if part:
+            print(f"  {part}", file=sys.stderr)
+
+
+def main() -> None:
+    """Entry point: one handler for every error, so that nobody sees a traceback without asking."""
+    try:
+        app(standalone_mode=True)
+    except ColdstartError as error:
+        if os.environ.get("COLDSTART_DEBUG"):
+            raise
+        _show(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-made was kept", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

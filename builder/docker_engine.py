@@ -1,0 +1,379 @@
+"""Docker Engine through its SDK. The only module that imports docker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import tarfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import docker
+import docker.errors
+import requests
+
+from builder import context, probe
+from builder.errors import BuildError, HostError, InputError
+from builder.plan import PORT, BaseImage, Device
+from builder.render import Rendered
+from builder.report import Reporter, Task
+
+# Everything of ours is named and labelled, so that clean-up can end exactly that.
+CONTAINER_PREFIX = "coldstart-"
+_DEVICE_LABEL = "dev.coldstart.base.device"
+_API_TIMEOUT_SECONDS = 600
+_ERROR_LINES = 40
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What the engine says of an image. size in bytes; layers are digests of their tar."""
+
+    id: str
+    tags: tuple[str, ...]
+    repo_digests: tuple[str, ...]
+    size: int
+    labels: Mapping[str, str]
+    environment: tuple[str, ...]
+    user: str
+    layers: tuple[str, ...]
+    config: Mapping[str, Any]
+
+
+class DockerEngine:
+    """A connection to the engine that DOCKER_HOST or the current context names."""
+
+    def __init__(self) -> None:
+        try:
+            self._client = docker.from_env(timeout=_API_TIMEOUT_SECONDS)
+            version = self._client.version()
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            raise HostError(
+                "no Docker Engine answers",
+                why=f"{_short(error)}.",
+                fix="Start it, or point DOCKER_HOST to one.",
+            ) from None
+        self.version = f"{version.get('Version')} ({version.get('Os')}/{version.get('Arch')})"
+        self.data_root = str(self._client.info().get("DockerRootDir", "/var/lib/docker"))
+
+    # Images
+
+    def image(self, reference: str) -> ImageInfo | None:
+        try:
+            data = self._client.api.inspect_image(reference)  # type: ignore[no-untyped-call]
+        except docker.errors.ImageNotFound:
+            return None
+        except docker.errors.APIError as error:
+            raise InputError(f"{reference!r} is not an image name", why=_short(error)) from None
+        config = data.get("Config") or {}
+        return ImageInfo(
+            id=data["Id"],
+            tags=tuple(data.get("RepoTags") or ()),
+            repo_digests=tuple(data.get("RepoDigests") or ()),
+            size=data["Size"],
+            labels=config.get("Labels") or {},
+            environment=tuple(config.get("Env") or ()),
+            user=config.get("User") or "",
+            layers=tuple(data["RootFS"].get("Layers") or ()),
+            config=config,
+        )
+
+    def require_image(self, reference: str) -> ImageInfo:
+        found = self.image(reference)
+        if found is None:
+            raise InputError(
+                f"there is no image {reference!r} here", fix="Build it, or `docker pull` it first."
+            )
+        return found
+
+    def base_image(self, reference: str, platform: str | None, reporter: Reporter) -> BaseImage:
+        """Pull the base if it is not here, and look into it. Raises InputError or HostError."""
+        info = self.image(reference)
+        if info is None:
+            self._pull(reference, platform, reporter)
+            info = self.require_image(reference)
+        code, output = self._run(reference, ["python3", "-c", probe.BASE_FACTS])
+        facts = probe.parse_base_facts(reference, output if code == 0 else output or f"exit code {code}")
+        device: Device = "cpu" if info.labels.get(_DEVICE_LABEL) == "cpu" else "cuda"
+        return BaseImage(reference, info.id, device, facts.vllm)
+
+    def check_engine_args(self, base: BaseImage, arguments: Sequence[str]) -> None:
+        """Ask the base's own vLLM parser. Raises InputError with what it says."""
+        code, output = self._run(base.reference, ["python3", "-c", probe.PARSE_ENGINE_ARGS, *arguments])
+        if code != 0:
+            raise InputError(
+                f"vLLM {base.vllm_version} does not accept these engine arguments",
+                why=probe.parser_complaint(output),
+                fix="See `vllm serve --help` of that version.",
+            )
+
+    def build(self, rendered: Rendered, tag: str, *, platform: str | None, reporter: Reporter) -> str:
+        """Build and tag; returns the image id. On failure or Ctrl-C removes what it made.
+
+        Raises BuildError with the failed step's own output.
+        """
+        made: list[str] = []
+        log: list[str] = []
+        try:
+            with reporter.task(f"Sending {tag}", context.size(rendered)) as task:
+                output = self._client.api.build(
+                    fileobj=cast(Any, context.stream(rendered, task.advance)),
+                    custom_context=True,
+                    tag=tag,
+                    platform=platform,
+                    rm=True,
+                    forcerm=True,
+                    decode=True,
+                )
+            for message in output:
+                self._follow(message, tag, made, log, reporter)
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            self._discard(made)
+            raise BuildError(
+                f"Docker Engine could not build {tag}", why=_short(error), log="\n".join(log[-_ERROR_LINES:])
+            ) from None
+        except BaseException:
+            self._discard(made)
+            raise
+        found = self.image(tag)
+        if found is None:
+            raise BuildError(f"the build of {tag} ended without an image", log="\n".join(log[-_ERROR_LINES:]))
+        return found.id
+
+    def _follow(
+        self, message: Mapping[str, Any], tag: str, made: list[str], log: list[str], reporter: Reporter
+    ) -> None:
+        if "error" in message:
+            raise BuildError(
+                f"building {tag} failed",
+                why=str(message["error"]).strip(),
+                fix="What the step printed stands above.",
+                log="\n".join(log[-_ERROR_LINES:]),
+            )
+        for line in str(message.get("stream", "")).splitlines():
+            text = line.strip()
+            if not text:
+                continue
+            log.append(text)
+            if re.match(r"Step \d+/\d+ :", text):
+                reporter.note(text[:140])
+            layer = re.fullmatch(r"---> ([0-9a-f]{12})", text)
+            if layer and (len(log) < 2 or "Using cache" not in log[-2]):
+                made.append(layer.group(1))
+
+    def _discard(self, made: Sequence[str]) -> None:
+        for image in reversed(made[1:]):  # the first is the FROM image
+            with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
+                self._client.api.remove_image(image, noprune=True)
+
+    def remove_image(self, reference: str) -> None:
+        with contextlib.suppress(docker.errors.ImageNotFound):
+            self._client.api.remove_image(reference)
+
+    def push(self, tag: str, reporter: Reporter) -> str:
+        """Push with the engine's own credentials; returns the registry's digest. Raises BuildError."""
+        digest = ""
+        with reporter.task(f"Pushing {tag}", None) as task:
+            for message in self._stream(self._client.api.push(tag, stream=True, decode=True), task):
+                digest = (message.get("aux") or {}).get("Digest", digest)
+        if not digest:
+            raise BuildError(f"the registry gave no digest for {tag}", fix="Push again.")
+        return digest
+
+    def _pull(self, reference: str, platform: str | None, reporter: Reporter) -> None:
+        reporter.step(f"Pulling {reference}")
+        try:
+            with reporter.task(f"Pulling {reference}", None) as task:
+                for _ in self._stream(
+                    self._client.api.pull(reference, stream=True, decode=True, platform=platform), task
+                ):
+                    pass
+        except (docker.errors.DockerException, requests.RequestException, BuildError) as error:
+            why = error.why if isinstance(error, BuildError) else _short(error)
+            raise InputError(
+                f"cannot get the base image {reference}", why=why, fix="Check the name, or give --base."
+            ) from None
+
+    def _stream(self, messages: Any, task: Task) -> Iterator[Mapping[str, Any]]:
+        """Messages of a push or pull; bytes go to the task, errors are raised."""
+        seen: dict[str, int] = {}
+        for message in messages:
+            if "error" in message:
+                raise BuildError("the registry refused", why=str(message["error"]).strip())
+            done = (message.get("progressDetail") or {}).get("current")
+            layer = f"{message.get('id')} {message.get('status')}"
+            if done:
+                task.advance(max(0, done - seen.get(layer, 0)))
+                seen[layer] = max(done, seen.get(layer, 0))
+            yield message
+
+    # Files of an image, without running it
+
+    @contextlib.contextmanager
+    def open_files(self, image: str) -> Iterator[Callable[[str], Iterator[tuple[tarfile.TarInfo, Any]]]]:
+        """Yields a function: absolute folder -> (tar header, file object or None) of everything below it."""
+        container = self._client.api.create_container(image, entrypoint=["none"], name=_name())["Id"]
+        try:
+
+            def walk(folder: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
+                try:
+                    chunks, _ = self._client.api.get_archive(container, folder)
+                except docker.errors.NotFound:
+                    return
+                with tarfile.open(fileobj=cast(Any, _Reader(chunks)), mode="r|") as archive:
+                    for entry in archive:
+                        yield entry, archive.extractfile(entry) if entry.isfile() else None
+
+            yield walk
+        finally:
+            self._client.api.remove_container(container, force=True)
+
+    def history(self, image: str) -> list[Mapping[str, Any]]:
+        return list(self._client.api.history(image))  # type: ignore[no-untyped-call]
+
+    # Containers
+
+    def _run(self, image: str, command: Sequence[str]) -> tuple[int, str]:
+        """Run once, with no network, and return the exit code and all output."""
+        container = None
+        try:
+            container = self._client.api.create_container(
+                image,
+                entrypoint=[command[0]],
+                command=list(command[1:]),
+                name=_name(),
+                host_config=self._client.api.create_host_config(network_mode="none"),
+            )["Id"]
+            self._client.api.start(container)
+            code = self._client.api.wait(container)["StatusCode"]
+            return code, self._client.api.logs(container).decode(errors="replace")
+        except docker.errors.APIError as error:
+            return 127, _short(error)  # the command is not in the image
+        finally:
+            if container:
+                self._client.api.remove_container(container, force=True)
+
+    def start(
+        self,
+        image: str,
+        *,
+        arguments: Sequence[str] = (),
+        network: str | None = None,
+        publish: bool = True,
+        environment: Mapping[str, str] | None = None,
+    ) -> Container:
+        """Create and start; the serving port is published on a free port of 127.0.0.1."""
+        api = self._client.api
+        created_at = time.time()
+        container = None
+        try:
+            container = api.create_container(
+                image,
+                command=list(arguments) or None,
+                name=_name(),
+                ports=[PORT] if publish else None,
+                environment=dict(environment or {}),
+                host_config=api.create_host_config(
+                    network_mode=network, port_bindings={PORT: ("127.0.0.1", None)} if publish else None
+                ),
+            )["Id"]
+            api.start(container)
+        except docker.errors.APIError as error:
+            if container:
+                api.remove_container(container, force=True)
+            raise HostError(f"cannot start a container of {image}", why=_short(error)) from None
+        return Container(self._client, container, created_at)
+
+
+class Container:
+    """A container that we started. created_at: epoch seconds just before it was created."""
+
+    def __init__(self, client: docker.DockerClient, id: str, created_at: float) -> None:
+        self._api = client.api
+        self.id, self.created_at = id, created_at
+
+    def _state(self) -> Mapping[str, Any]:
+        state: Mapping[str, Any] = self._api.inspect_container(self.id)["State"]
+        return state
+
+    def host_port(self) -> int:
+        """Raises HostError when the container died before its port was there."""
+        ports = self._api.inspect_container(self.id)["NetworkSettings"]["Ports"] or {}
+        bound = ports.get(f"{PORT}/tcp")
+        if not bound:
+            raise HostError(f"container {self.id[:12]} has no published port", why="It is not running.")
+        return int(bound[0]["HostPort"])
+
+    def running(self) -> bool:
+        return bool(self._state()["Running"])
+
+    def exit_code(self) -> int | None:
+        state = self._state()
+        return None if state["Running"] else int(state["ExitCode"])
+
+    def health(self) -> str:
+        """HEALTHCHECK's verdict: starting, healthy or unhealthy."""
+        return str((self._state().get("Health") or {}).get("Status", "none"))
+
+    def logs(self) -> str:
+        return self._api.logs(self.id).decode(errors="replace")
+
+    def run(self, command: Sequence[str]) -> tuple[int, str]:
+        """Run a command inside; exit code and output."""
+        job = self._api.exec_create(self.id, list(command))["Id"]
+        output = self._api.exec_start(job).decode(errors="replace")
+        return int(self._api.exec_inspect(job)["ExitCode"]), output
+
+    def signal(self, name: str) -> None:
+        self._api.kill(self.id, signal=name)
+
+    def wait(self, timeout: int) -> int:
+        return int(self._api.wait(self.id, timeout=timeout)["StatusCode"])
+
+    def stop(self, timeout: int) -> int:
+        """SIGTERM, then SIGKILL after `timeout` seconds; returns the exit code."""
+        self._api.stop(self.id, timeout=timeout)
+        return int(self._state()["ExitCode"])
+
+    def remove(self) -> None:
+        with contextlib.suppress(docker.errors.NotFound):
+            self._api.remove_container(self.id, force=True, v=True)
+
+
+class _Reader:
+    """A file object over chunks, as much of one as tarfile's stream mode needs."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._rest = chunks, b""
+
+    def read(self, size: int) -> bytes:
+        parts = [self._rest]
+        have = len(self._rest)
+        while have < size:
+            chunk = next(self._chunks, b"")
+            if not chunk:
+                break
+            parts.append(chunk)
+            have += len(chunk)
+        data = b"".join(parts)
+        self._rest = data[size:]
+        return data[:size]
+
+
+def _name() -> str:
+    return f"{CONTAINER_PREFIX}{uuid.uuid4().hex[:12]}"
+
+
+def _short(error: Exception) -> str:
+    """The engine's own words, without the HTTP wrapping."""
+    explanation = getattr(error, "explanation", None)
+    if isinstance(explanation, bytes):
+        explanation = explanation.decode(errors="replace")
+    if isinstance(explanation, str):
+        with contextlib.suppress(ValueError, AttributeError):
+            explanation = json.loads(explanation)["message"]
+    return " ".join(str(explanation or error).split())[:400]

@@ -1,0 +1,125 @@
+"""The Hugging Face hub. The only module that imports huggingface_hub.
+
+HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are the client's own business; nothing here reads them.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from builder.errors import HostError, ModelError
+from builder.models import ModelRef
+from builder.report import Reporter, Task
+
+_LOGIN = "Accept the terms on the model's page, then set HF_TOKEN or run `hf auth login`."
+
+
+def download(
+    ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], reporter: Reporter
+) -> tuple[Path, str]:
+    """Fetch the files that `choose` keeps, at one commit. Returns the folder and the commit SHA.
+
+    Finished files are reused; a file that a kill cut starts again. Raises ModelError or HostError.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import constants as hub
+
+    assert ref.repo is not None
+    repo = ref.repo
+    if hub.HF_HUB_OFFLINE:
+        root = _call(ref, lambda: snapshot_download(repo, revision=ref.revision, local_files_only=True))
+        return Path(root), Path(root).name
+    reporter.step(f"Resolving {ref.repo} on the hub")
+    info = _call(ref, lambda: HfApi().model_info(repo, revision=ref.revision, files_metadata=True))
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    # The card carries the licence; it does not go into the image.
+    wanted = choose(sizes) + [name for name in sizes if name == "README.md"]
+    total = sum(sizes[name] for name in wanted)
+    _require_space(Path(hub.HF_HUB_CACHE), total)
+    with reporter.task(f"Downloading {ref.repo}", total) as task:
+        root = _call(
+            ref,
+            lambda: snapshot_download(
+                repo,
+                revision=info.sha,
+                allow_patterns=[_literal(name) for name in wanted],
+                tqdm_class=_forwarding_bar(task),
+            ),
+        )
+    return Path(root), str(info.sha)
+
+
+def _literal(name: str) -> str:
+    """The client matches names as shell patterns; a name must match only itself."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _forwarding_bar(task: Task) -> Any:
+    from tqdm.auto import tqdm
+
+    class Bar(tqdm[Any]):
+        """Shows nothing itself; the bytes of all files go into the one total."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs["disable"] = True
+            self._is_bytes = kwargs.get("unit") == "B"
+            kwargs.pop("name", None)
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> None:
+            if self._is_bytes and n:
+                task.advance(int(n))
+
+    return Bar
+
+
+def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
+    """Run a hub call and turn its errors into ours. The client's messages name no token."""
+    import httpx
+    from huggingface_hub import errors
+
+    where = f"{ref.repo}@{ref.revision}" if ref.revision else str(ref.repo)
+    try:
+        return function()
+    except errors.GatedRepoError:
+        raise ModelError(f"{where} is gated", why="The hub answered 403.", fix=_LOGIN) from None
+    except errors.RevisionNotFoundError:
+        raise ModelError(
+            f"{ref.repo} has no revision {ref.revision!r}", fix="Give a branch, a tag or a commit of it."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise ModelError(
+            f"{ref.repo} is not on the hub, or is private",
+            why="The hub answered 401 or 404.",
+            fix="Check the name; for a private model set HF_TOKEN or run `hf auth login`.",
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError):
+        raise ModelError(
+            f"{where} is not in the local hub cache, and the hub is out of reach",
+            fix="Check the network, unset HF_HUB_OFFLINE, or give a folder that has the model.",
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        fix = _LOGIN if status in (401, 403) else "Try again later."
+        raise ModelError(f"cannot get {where}", why=f"The hub answered {status}.", fix=fix) from None
+    except (httpx.HTTPError, OSError) as error:
+        raise ModelError(
+            f"cannot reach the hub for {where}",
+            why=f"{type(error).__name__}: {error}.",
+            fix="Check the network or HF_ENDPOINT, or give a folder that has the model.",
+        ) from None
+
+
+def _require_space(cache: Path, needed: int) -> None:
+    folder = cache
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise HostError(
+            f"the model needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free",
+            fix="Free some space, or set HF_HOME to a larger disk.",
+        )

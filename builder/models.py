@@ -1,0 +1,297 @@
+"""ModelRef -> ModelLock -> files on this machine. The only module that imports huggingface_hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict
+
+from builder.errors import ModelError
+from builder.report import Reporter
+
+# What serving needs. Everything else in a repository (other formats, training state) stays out.
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_UNWANTED = ("training_args*", "trainer_state*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.bak")
+_UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf", "runs", "checkpoints"})
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD_INDEX = "model.safetensors.index.json"
+_HASH_CHUNK = 1 << 20
+
+
+class LockedFile(BaseModel):
+    """One file of a snapshot: path relative to its root, size in bytes, hexadecimal sha256."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    size: int
+    sha256: str
+
+    @property
+    def is_shard(self) -> bool:
+        return self.path.endswith(".safetensors")
+
+
+class ModelLock(BaseModel):
+    """What exactly is served: every file with size and digest, and what the configuration says.
+
+    name: what clients call it; source: "hf://org/name" or "folder"; revision: commit SHA, None for a folder.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    source: str
+    revision: str | None
+    license: str | None
+    architectures: tuple[str, ...]
+    dtype: str | None
+    quantization: str | None
+    files: tuple[LockedFile, ...]
+
+    def canonical(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(self.canonical()).hexdigest()
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(f.size for f in self.files)
+
+
+@dataclass(frozen=True)
+class ModelSnapshot:
+    """A lock and the folder whose files it describes."""
+
+    lock: ModelLock
+    root: Path
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return _read_config(self.root)
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A model as the user names it: a folder, or a hub repository at a branch, tag or commit."""
+
+    text: str
+    folder: Path | None = None
+    repo: str | None = None
+    revision: str | None = None
+
+
+def parse_ref(text: str, revision: str | None = None) -> ModelRef:
+    """`org/name`, `org/name@revision`, `hf://…`, or a folder. Raises ModelError."""
+    path = Path(text).expanduser()
+    if path.is_dir():
+        if revision:
+            raise ModelError(f"--revision does not go with a folder ({text})", fix="Leave it out.")
+        return ModelRef(text, folder=path.resolve())
+    bare = text.removeprefix("hf://")
+    name, _, at = bare.partition("@")
+    if at and revision and at != revision:
+        raise ModelError(f"two revisions for {name}: {at} and {revision}", fix="Give one of them.")
+    looks_like_path = text.startswith((".", "/", "~")) or path.exists()
+    if looks_like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        why = "It is a file." if path.exists() else "No such folder."
+        raise ModelError(
+            f"cannot find the model {text!r}",
+            why=why,
+            fix="Give a folder with config.json and *.safetensors, or a hub name such as Qwen/Qwen3-8B.",
+        )
+    return ModelRef(text, repo=name, revision=revision or at or None)
+
+
+def resolve(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
+    """Pin the model and have its files here, checked. Raises ModelError."""
+    if ref.folder is not None:
+        return _snapshot(ref.folder, name=ref.folder.name, source="folder", revision=None, reporter=reporter)
+    from builder.hub import download
+
+    root, revision = download(ref, _wanted_paths, reporter)
+    assert ref.repo is not None
+    return _snapshot(root, name=ref.repo, source=f"hf://{ref.repo}", revision=revision, reporter=reporter)
+
+
+def snapshot_of_folder(root: Path, origin: ModelLock, reporter: Reporter) -> ModelSnapshot:
+    """The snapshot of a folder that was derived from `origin` (quantized): same name, source and licence."""
+    derived = _snapshot(
+        root, name=origin.name, source=origin.source, revision=origin.revision, reporter=reporter
+    )
+    return ModelSnapshot(derived.lock.model_copy(update={"license": origin.license}), root)
+
+
+def _snapshot(
+    root: Path, *, name: str, source: str, revision: str | None, reporter: Reporter
+) -> ModelSnapshot:
+    config = _read_config(root)
+    paths = _wanted_paths(_relative_files(root))
+    _require_safetensors(root, paths)
+    _check_shards(root, paths)
+    sizes = {path: (root / path).stat().st_size for path in paths}
+    files = []
+    with reporter.task("Checking the model's files", sum(sizes.values())) as task:
+        for path in paths:
+            digest = hashlib.sha256()
+            for chunk in _chunks(root / path):
+                digest.update(chunk)
+                task.advance(len(chunk))
+            files.append(LockedFile(path=path, size=sizes[path], sha256=digest.hexdigest()))
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    lock = ModelLock(
+        name=name,
+        source=source,
+        revision=revision,
+        license=_licence(root),
+        architectures=tuple(str(a) for a in config.get("architectures") or ()),
+        dtype=str(dtype) if dtype else None,
+        quantization=describe_quantization(config),
+        files=tuple(files),
+    )
+    return ModelSnapshot(lock, root)
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    path = root / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise ModelError(
+            f"{root} is not a model folder",
+            why="It has no config.json.",
+            fix="Point to the folder that `save_pretrained` or `hf download` wrote.",
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}", why=f"{error}.", fix="Get the file again.") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object", fix="Get the file again.")
+    return config
+
+
+def _relative_files(root: Path) -> Iterator[str]:
+    for path in root.rglob("*"):
+        if path.is_file():
+            yield path.relative_to(root).as_posix()
+
+
+def _wanted_paths(paths: Iterable[str]) -> list[str]:
+    """The files that serving needs, sorted. Raises ModelError on a name that no layer may carry."""
+    wanted = []
+    for path in paths:
+        parts = Path(path).parts
+        if any(part.startswith(".") or part in _UNWANTED_FOLDERS for part in parts):
+            continue
+        if not _matches(parts[-1], _WANTED) or _matches(parts[-1], _UNWANTED):
+            continue
+        if not path.isprintable() or ".." in parts or Path(path).is_absolute():
+            raise ModelError(f"the model has a file with an unusable name: {path!r}", fix="Rename it.")
+        wanted.append(path)
+    shards = [path for path in wanted if path.endswith(".safetensors")]
+    if _SHARD_INDEX in wanted or "model.safetensors" in wanted:
+        # Some repositories carry the same weights twice, e.g. also as consolidated.safetensors.
+        wanted = [path for path in wanted if path not in shards or Path(path).name.startswith("model")]
+    return sorted(wanted)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(Path(name).match(pattern) for pattern in patterns)
+
+
+def _require_safetensors(root: Path, paths: Sequence[str]) -> None:
+    if any(path.endswith(".safetensors") for path in paths):
+        return
+    pickles = [path for path in _relative_files(root) if _matches(path, _PICKLES)]
+    if pickles:
+        raise ModelError(
+            f"{root.name} has its weights as pickles only ({pickles[0]})",
+            why="Loading a pickle runs code from it.",
+            fix="Use a revision with *.safetensors, or load it where that is safe and `save_pretrained` it.",
+        )
+    raise ModelError(
+        f"{root} has no *.safetensors", why="There are no weights to serve.", fix="Get the whole model."
+    )
+
+
+def _check_shards(root: Path, paths: Sequence[str]) -> None:
+    """Every header parses and fits its file, and the index names tensors that are really there."""
+    tensors = {path: _tensor_names(root / path) for path in paths if path.endswith(".safetensors")}
+    if _SHARD_INDEX not in paths:
+        return
+    try:
+        weight_map: Mapping[str, str] = json.loads((root / _SHARD_INDEX).read_bytes())["weight_map"]
+        wanted = {name: str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{_SHARD_INDEX} is damaged", why=f"{error!r}.", fix="Get it again.") from None
+    for name, shard in sorted(wanted.items()):
+        if shard not in tensors:
+            raise ModelError(
+                f"the shard {shard} is missing", why=f"{_SHARD_INDEX} names it.", fix="Get the whole model."
+            )
+        if name not in tensors[shard]:
+            raise ModelError(
+                f"{shard} has no tensor {name!r}", why=f"{_SHARD_INDEX} says so.", fix="Get the shard again."
+            )
+
+
+def _tensor_names(path: Path) -> frozenset[str]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as shard:
+            return frozenset(shard.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the shard {path.name} is truncated or corrupt", why=f"{error}.", fix="Get this file again."
+        ) from None
+
+
+def describe_quantization(config: Mapping[str, Any]) -> str | None:
+    """What config.json says of quantized weights, e.g. "compressed-tensors int4 g64", or None."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping):
+        return None
+    words = [str(quantization.get("quant_method", "unknown"))]
+    groups = quantization.get("config_groups")
+    if isinstance(groups, Mapping) and groups:
+        weights = next(iter(groups.values())).get("weights") or {}
+        words.append(f"{weights.get('type', '')}{weights.get('num_bits', '')}")
+        if weights.get("group_size"):
+            words.append(f"g{weights['group_size']}")
+    elif quantization.get("bits"):
+        words.append(f"int{quantization['bits']} g{quantization.get('group_size')}")
+    return " ".join(words)
+
+
+def _licence(root: Path) -> str | None:
+    """The `license:` of the model card, where there is one."""
+    card = root / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    found = front.get("license") if isinstance(front, dict) else None
+    return str(found) if found else None
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_HASH_CHUNK):
+                yield chunk
+    except OSError as error:
+        raise ModelError(f"cannot read {path}", why=f"{error.strerror}.", fix="Check its mode.") from None

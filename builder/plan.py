@@ -1,0 +1,216 @@
+"""ImageSpec + ModelLock + BaseImage -> BuildPlan. Pure: no disk, no Docker, no clock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from builder import __version__
+from builder.models import LockedFile, ModelLock
+from builder.spec import ImageSpec
+
+Device = Literal["cuda", "cpu"]
+
+MODELS_DIR = "/models"
+COLDSTART_DIR = "/opt/coldstart"
+MANIFEST_SCHEMA = 1
+PORT = 8000
+# Docker allows 127 layers; a GPU base has about 30, and the final image adds a handful.
+MAX_WEIGHT_LAYERS = 64
+_LABEL = "dev.coldstart"
+
+# Defaults of a device, before the user's own arguments. CPU images start eager: compiled bf16 answers
+# wrong on some CPUs, and no golden check guards it yet.
+_ENGINE_DEFAULTS: Mapping[Device, tuple[str, ...]] = {"cuda": (), "cpu": ("--enforce-eager",)}
+_DEVICE_ENV: Mapping[Device, Mapping[str, str]] = {
+    "cuda": {},
+    # The engine core runs its one worker in process: the multi-process executor wants more /dev/shm
+    # than `docker run` gives.
+    "cpu": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+}
+
+
+@dataclass(frozen=True)
+class BaseImage:
+    """The image to build on. id is None while no engine has looked at it."""
+
+    reference: str
+    id: str | None
+    device: Device
+    vllm_version: str | None = None
+
+    @property
+    def identity(self) -> str:
+        return self.id or self.reference
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Files that one COPY brings: from `source` in the build context to `target` in the image."""
+
+    source: str
+    target: str
+    files: tuple[LockedFile, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True)
+class WeightsPlan:
+    """The image that carries the model on top of the base; shared by every final image of both."""
+
+    key: str
+    layers: tuple[Layer, ...]
+    labels: tuple[tuple[str, str], ...]
+
+    @property
+    def tag(self) -> str:
+        return f"coldstart/weights:{self.key[:16]}"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """Everything that decides the bytes of the image. Same plan, same Dockerfiles."""
+
+    spec: ImageSpec
+    lock: ModelLock
+    base: BaseImage
+    tag: str
+    model_path: str
+    served_model_name: str
+    engine_args: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...]
+    labels: tuple[tuple[str, str], ...]
+    weights: WeightsPlan
+    port: int = PORT
+    user: str = "2000:0"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The content of /opt/coldstart/manifest.json."""
+        return {
+            "schema": MANIFEST_SCHEMA,
+            "coldstart_version": __version__,
+            "device": self.base.device,
+            "engine_args": list(self.engine_args),
+            "base": {
+                "reference": self.base.reference,
+                "id": self.base.id,
+                "vllm_version": self.base.vllm_version,
+            },
+            "model": {
+                "path": self.model_path,
+                "served_name": self.served_model_name,
+                "lock_digest": self.lock.digest,
+                **self.lock.model_dump(mode="json"),
+            },
+        }
+
+    @property
+    def manifest_bytes(self) -> bytes:
+        return json.dumps(self.manifest, indent=2, sort_keys=True).encode() + b"\n"
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the build writes: the engine keeps the received context and the layers made from it."""
+        return 2 * self.lock.total_bytes
+
+
+def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
+    folder = _folder_name(lock.name)
+    model_path = f"{MODELS_DIR}/{folder}"
+    environment = {
+        "PYTHONPATH": COLDSTART_DIR,
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # Any UID may run the image: a home that exists everywhere, and a name for what asks for one.
+        "HOME": "/tmp",  # noqa: S108
+        "USER": "coldstart",
+        **_DEVICE_ENV[base.device],
+    }
+    return BuildPlan(
+        spec=spec,
+        lock=lock,
+        base=base,
+        tag=spec.tag or default_tag(lock),
+        model_path=model_path,
+        served_model_name=spec.served_model_name or lock.name,
+        engine_args=_ENGINE_DEFAULTS[base.device] + spec.engine_args,
+        environment=tuple(sorted(environment.items())),
+        labels=tuple(sorted(_labels(lock, base).items())),
+        weights=_plan_weights(lock, base, model_path, spec.max_layer_bytes),
+    )
+
+
+def default_tag(lock: ModelLock) -> str:
+    kind = "awq" if lock.quantization else "latest"
+    return f"coldstart/{_folder_name(lock.name).lower()}:{kind}"
+
+
+def _folder_name(name: str) -> str:
+    """A path and tag component: only characters that need no quoting anywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name.rsplit("/", 1)[-1]).strip("-.") or "model"
+
+
+def _labels(lock: ModelLock, base: BaseImage) -> dict[str, str]:
+    labels = {
+        "org.opencontainers.image.title": lock.name,
+        "org.opencontainers.image.source": lock.source,
+        "org.opencontainers.image.revision": lock.revision or f"sha256:{lock.digest}",
+        "org.opencontainers.image.licenses": lock.license or "unknown",
+        "org.opencontainers.image.base.name": base.reference,
+        f"{_LABEL}.version": __version__,
+        f"{_LABEL}.device": base.device,
+        f"{_LABEL}.model.digest": f"sha256:{lock.digest}",
+        f"{_LABEL}.quantization": lock.quantization or "none",
+        f"{_LABEL}.vllm": base.vllm_version or "unknown",
+    }
+    if base.id:
+        labels["org.opencontainers.image.base.digest"] = base.id
+    return labels
+
+
+def _plan_weights(lock: ModelLock, base: BaseImage, model_path: str, max_bytes: int) -> WeightsPlan:
+    layers = tuple(
+        Layer(source=f"layers/{index:02d}", target=model_path, files=files)
+        for index, files in enumerate(pack_layers(lock.files, max_bytes))
+    )
+    key = hashlib.sha256(f"{base.identity}\n{lock.digest}\n{max_bytes}".encode()).hexdigest()
+    labels = {
+        f"{_LABEL}.role": "weights",
+        f"{_LABEL}.weights.key": key,
+        f"{_LABEL}.model.digest": f"sha256:{lock.digest}",
+    }
+    return WeightsPlan(key=key, layers=layers, labels=tuple(sorted(labels.items())))
+
+
+def pack_layers(files: Sequence[LockedFile], max_bytes: int) -> list[tuple[LockedFile, ...]]:
+    """Small files in one layer, shards in the layers after it, each at most `max_bytes` where a file allows.
+
+    Never more than MAX_WEIGHT_LAYERS: the bound doubles until they suffice. Order is by path, so
+    the same lock always gives the same layers.
+    """
+    small = tuple(sorted((f for f in files if not f.is_shard), key=lambda f: f.path))
+    shards = sorted((f for f in files if f.is_shard), key=lambda f: f.path)
+    bound = max_bytes
+    while True:
+        layers: list[tuple[LockedFile, ...]] = [small] if small else []
+        current: list[LockedFile] = []
+        for shard in shards:
+            if current and sum(f.size for f in current) + shard.size > bound:
+                layers.append(tuple(current))
+                current = []
+            current.append(shard)
+        if current:
+            layers.append(tuple(current))
+        if len(layers) <= MAX_WEIGHT_LAYERS:
+            return layers
+        bound *= 2

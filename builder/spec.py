@@ -1,0 +1,136 @@
+"""ImageSpec: what the user asks for, from coldstart.yaml and flags. Strict, frozen, no secret in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from builder.errors import InputError
+
+VLLM_VERSION = "0.32.0"
+DEFAULT_BASE = f"vllm/vllm-openai:v{VLLM_VERSION}"
+CPU_BASE = f"coldstart/base-cpu:vllm-{VLLM_VERSION}"
+
+QUANTIZATIONS = ("awq",)
+
+# Baked arguments end up in a layer, a label and `docker history`.
+_SECRET_FLAGS = frozenset({"--api-key", "--hf-token", "--ssl-keyfile-password"})
+_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+_SECRET_KEY = re.compile(r"token|api[_-]?key|password|secret", re.IGNORECASE)
+# What the image itself decides.
+_OWNED_FLAGS = {
+    "--model": "MODEL",
+    "--served-model-name": "--served-model-name before the `--`",
+    "--host": "`docker run IMAGE --host …`",
+    "--port": "`docker run -p HOST_PORT:8000`",
+    "--uds": "`docker run -p HOST_PORT:8000`",
+    "--revision": "--revision before the `--`",
+    "--api-server-count": "more replicas",
+    "--headless": "vLLM's own image",
+}
+
+
+class ImageSpec(BaseModel):
+    """One image to build. Sizes in bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    revision: str | None = None
+    quantize: Literal["awq"] | None = None
+    tag: str | None = None
+    base: str = DEFAULT_BASE
+    platform: str | None = None
+    served_model_name: str | None = None
+    engine_args: tuple[str, ...] = ()
+    max_layer_bytes: int = Field(default=1 << 30, ge=1 << 20)
+
+    @field_validator("engine_args", mode="before")
+    @classmethod
+    def _stringify(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return tuple(str(item) if isinstance(item, int | float | str) else item for item in value)
+        return value
+
+
+def load_spec(path: Path | None, flags: Mapping[str, Any]) -> ImageSpec:
+    """Flags (those not None) over the file. Raises InputError."""
+    data: dict[str, Any] = _read(path) if path else {}
+    _refuse_secret_keys(data)
+    data.update({name: value for name, value in flags.items() if value not in (None, ())})
+    if "model" not in data:
+        raise InputError("no model given", fix="Name a folder or a hub model, or set `model:` in the file.")
+    _check_quantization(data.get("quantize"))
+    try:
+        spec = ImageSpec.model_validate(data)
+    except ValidationError as error:
+        raise InputError(_first_problem(error, path)) from None
+    check_engine_args(spec.engine_args)
+    return spec
+
+
+def check_engine_args(arguments: Sequence[str]) -> None:
+    """What can be told without vLLM: no secret, nothing that the image itself decides."""
+    if arguments and not arguments[0].startswith("-"):
+        raise InputError(
+            f"unexpected argument {arguments[0]!r}",
+            fix="Engine arguments go after `--`, e.g. `-- --max-model-len 4096`.",
+        )
+    for argument in arguments:
+        flag = argument.split("=", 1)[0].replace("_", "-")
+        if flag in _SECRET_FLAGS or _SECRET_VALUE.search(argument):
+            shown = flag if flag.startswith("--") else "an engine argument"
+            raise InputError(
+                f"{shown} holds a secret, and engine arguments are baked into the image",
+                why="Anyone who can pull the image could read it.",
+                fix="Pass it when the container starts: `docker run -e VLLM_API_KEY IMAGE`.",
+            )
+        if flag in _OWNED_FLAGS:
+            raise InputError(f"{flag} cannot be an engine argument", fix=f"Use {_OWNED_FLAGS[flag]}.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist", fix="Check the path given with -f.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read {path}", why=" ".join(str(error).split())) from None
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise InputError(f"{path} is not a mapping of settings", fix="Start with `model: …`.")
+    if isinstance(data.get("model"), str) and (path.parent / data["model"]).is_dir():
+        data["model"] = str(path.parent / data["model"])  # a folder is named relative to the file
+    return data
+
+
+def _refuse_secret_keys(data: Mapping[str, Any]) -> None:
+    for key, value in data.items():
+        if _SECRET_KEY.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+            raise InputError(
+                f"`{key}` looks like a secret, and the file describes an image that others will pull",
+                fix="Remove it; set HF_TOKEN in the environment for downloads, VLLM_API_KEY at run time.",
+            )
+
+
+def _check_quantization(value: Any) -> None:
+    if value is not None and value not in QUANTIZATIONS:
+        raise InputError(
+            f"unknown quantization {value!r}", fix=f"Supported: {', '.join(QUANTIZATIONS)}; or leave it out."
+        )
+
+
+def _first_problem(error: ValidationError, path: Path | None) -> str:
+    problem = error.errors()[0]
+    name = ".".join(str(part) for part in problem["loc"])
+    where = f" in {path}" if path else ""
+    if problem["type"] == "extra_forbidden":
+        near = get_close_matches(name, ImageSpec.model_fields, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        return f"unknown setting `{name}`{where}{hint}"
+    return f"`{name}`{where}: {problem['msg']}"

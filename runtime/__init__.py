@@ -1,0 +1,1 @@
+"""What runs inside the image as PID 1 and its children. Never imports builder/."""

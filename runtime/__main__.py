@@ -1,0 +1,51 @@
+"""Entrypoint of every image: `python3 -m runtime [serve] [FLAGS]` as PID 1, or `… health` for HEALTHCHECK."""
+
+# First of all, so that the clock starts before the imports that it measures.
+import time
+
+STARTED = time.time()
+
+import os  # noqa: E402
+import sys  # noqa: E402
+
+EXIT_SETTINGS = 2
+EXIT_PREFLIGHT = 3
+
+
+def _stop(message: str, code: int) -> int:
+    print(f"coldstart: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def main(argv: list[str]) -> int:
+    from runtime import settings as settings_module
+
+    command, rest = ("serve", argv)
+    if argv and argv[0] in ("serve", "health"):
+        command, rest = argv[0], argv[1:]
+    try:
+        manifest = settings_module.read_manifest()
+        if command == "health":
+            from runtime.health import check_pid1
+
+            return check_pid1(manifest)
+        parse_started = time.time()
+        settings = settings_module.load(rest, os.environ, manifest)
+    except settings_module.SettingsError as error:
+        return _stop(str(error), EXIT_SETTINGS)
+
+    from runtime.preflight import PreflightError, check
+
+    try:
+        check(manifest)
+    except PreflightError as error:
+        return _stop(str(error), EXIT_PREFLIGHT)
+
+    from runtime.supervisor import Supervisor
+
+    return Supervisor(settings, started=STARTED, parsed=(parse_started, time.time())).run()
+
+
+# Processes forked from the template import this file again under another name.
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

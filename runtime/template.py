@@ -1,0 +1,72 @@
+"""The process that imports vLLM once; the API process, engine core and workers are forked from it.
+
+multiprocessing's forkserver imports this module before its first fork. It has one thread, no event
+loop, no ZeroMQ context and no device context at that moment, so a fork is safe; vLLM itself opens
+those only later, in the forked processes.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import threading
+import traceback
+from multiprocessing import forkserver, resource_tracker
+
+from runtime import trace
+from runtime.phases import Phase
+from runtime.processes import CONTEXT
+from runtime.settings import read_manifest
+
+# What a served model needs in the API process, the engine core and the worker.
+_MODULES = (
+    "vllm.v1.engine.async_llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.engine.utils",
+    "vllm.v1.worker.gpu_worker",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.generate.api_router",
+)
+_CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+
+
+def _fork_from_template() -> None:
+    """Make vLLM fork its processes from this one.
+
+    vLLM knows "fork" (unsafe once the API process has threads) and "spawn" (imports everything again)
+    and forces "spawn" on CPUs; multiprocessing's own forkserver is neither.
+    """
+    import vllm.utils.system_utils as system_utils
+
+    system_utils.get_mp_context = lambda: CONTEXT
+    # A forked process would otherwise start a forkserver of its own: CPython's forgets in children that
+    # one is running (it keeps the address but not the pid).
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
+
+
+def _load() -> None:
+    # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
+    os.setpgid(0, 0)
+    device = read_manifest().device
+    with trace.span(Phase.ENGINE_IMPORT):
+        _fork_from_template()
+        for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
+            importlib.import_module(name)
+    missing = trace.install(device)
+    if missing:
+        print(f"coldstart: this vLLM lacks {', '.join(missing)}; these phases are not reported", flush=True)
+    if threading.active_count() != 1:
+        names = [thread.name for thread in threading.enumerate()]
+        print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)
+
+
+# The forkserver swallows ImportError from a preloaded module; the API process reports this instead.
+failure = ""
+if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
+    try:
+        _load()
+    except Exception:
+        failure = traceback.format_exc()
