@@ -102,21 +102,22 @@ def run_benchmark(
     timeout: float = 600,
     stop_timeout: int = 40,
     workload: Workload | None = None,
-    machine: Machine | None = None,
+    engine_version: str | None = None,
 ) -> BenchResult:
     """Starts each image `runs` times, in turn, and measures from the create call to the first token.
 
     A run that fails is kept as failed and the benchmark goes on; `save` gets all runs so far after each one.
     timeout: seconds that a run may take to its complete answer; stop_timeout: seconds from SIGTERM to
-    SIGKILL; machine: describe_machine() by default. Raises InputError for arguments that measure nothing,
-    and what `host.image_facts` and `save` raise. Containers are removed whatever happens, Ctrl-C included.
+    SIGKILL; engine_version: Docker Engine's, for the record. Raises InputError for arguments that measure
+    nothing, and what `host.image_facts` and `save` raise. Containers are removed whatever happens, Ctrl-C
+    included.
     """
     _check(images, runs, timeout)
     facts = [host.image_facts(image) for image in images]
     _check_distinct(facts)
     result = BenchResult(
         created=datetime.now(UTC),
-        machine=machine or describe_machine(),
+        machine=describe_machine(engine_version),
         workload=workload or Workload(),
         images=tuple(facts),
         runs_per_image=runs,
@@ -139,15 +140,15 @@ def interleave(images: Sequence[_T], runs: int) -> list[tuple[_T, int]]:
     return [(image, index) for index, order in enumerate(rounds) for image in order]
 
 
-def describe_machine(docker_engine: str | None = None) -> Machine:
-    """This machine, from /proc and uname. docker_engine: the engine's version, where the caller knows it."""
+def describe_machine(engine_version: str | None = None) -> Machine:
+    """This machine, from /proc and uname. engine_version: Docker Engine's, where the caller knows it."""
     return Machine(
         cpu_model=_cpu_model(),
         cores=os.cpu_count() or 1,
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         kernel=platform.release(),
         platform=f"{platform.system()} {platform.machine()}",
-        docker_engine=docker_engine,
+        docker_engine=engine_version,
     )
 
 
@@ -265,7 +266,7 @@ class _Bench:
         try:
             container = self.host.start(slot.facts.id)
         except ColdstartError as error:
-            return _Sample(created_at, error=_plain(str(error))).to_run(slot)
+            return _Sample(created_at, error=_told(error)).to_run(slot)
         try:
             sample = _Sample(container.created_at)
             self._observe(container, sample, deadline, task)
@@ -298,7 +299,7 @@ class _Bench:
             sample.exit_code = container.stop(self.stop_timeout)
             sample.stop_seconds = time.monotonic() - began
         except ColdstartError as error:
-            sample.warnings.append(_plain(str(error)))
+            sample.warnings.append(_told(error).rstrip("."))
             return
         if sample.exit_code:
             sample.warnings.append(f"exit code {sample.exit_code} after SIGTERM")
@@ -309,29 +310,35 @@ class _Bench:
         except ColdstartError as error:
             # The measurement stands; the user must hear what is left.
             self.reporter.note(
-                f"container {container.id} is left: {error} Remove it: docker rm -f {container.id}"
+                f"container {container.id} is left: {_told(error)} Remove it: docker rm -f {container.id}"
             )
 
 
 def _fail(container: RunningContainer, sample: _Sample, error: ColdstartError) -> None:
-    sample.error = _plain(_cause(container, error))
+    sample.error = _cause(container, error)
     sample.log_tail = _log_tail(container)
 
 
 def _cause(container: RunningContainer, error: ColdstartError) -> str:
     """A dead container explains whatever its client saw."""
+    connection_broke = isinstance(error.__cause__, (OSError, HTTPException))
     try:
-        if not _exits_soon(container):
-            return str(error)
+        if not _exited(container, patience=_EXIT_NOTICE_SECONDS if connection_broke else 0):
+            return _told(error)
         code = container.exit_code()
     except ColdstartError:
-        return str(error)
-    return f"The container exited with code {code}. Seen by the client: {error}"
+        return _told(error)
+    return f"The container exited with code {code}. {_told(error)}"
 
 
-def _exits_soon(container: RunningContainer) -> bool:
-    """A connection breaks a moment before the engine notes the exit."""
-    deadline = time.monotonic() + _EXIT_NOTICE_SECONDS
+def _told(error: ColdstartError) -> str:
+    parts = (part.rstrip(".") for part in (error.what, error.why, error.fix) if part)
+    return _plain(". ".join(parts) + ".")
+
+
+def _exited(container: RunningContainer, patience: float) -> bool:
+    """Patient, because a connection breaks a moment before the engine notes the exit."""
+    deadline = time.monotonic() + patience
     while container.running():
         if time.monotonic() >= deadline:
             return False
@@ -369,7 +376,8 @@ def _wait_ready(
         try:
             reply = _get(port, "/v1/models", min(_REQUEST_SECONDS, deadline - polled_at))
         except (OSError, HTTPException) as error:
-            seen = _describe(error)
+            if time.monotonic() < deadline:  # a poll that our own deadline cut short says nothing
+                seen = _describe(error)
         else:
             if reply.status == 200:
                 return _model_name(reply.body), reply.at
@@ -492,7 +500,7 @@ class _CompletionRequest(Workload):
 
 
 def _read_tokens(blocks: Iterator[bytes]) -> tuple[float, str]:
-    """ValueError for anything but server-sent events of completion chunks that end in [DONE]."""
+    """ValueError for anything but server-sent completion chunks, ConnectionError when [DONE] is missing."""
     first, texts = None, []
     for at, data in _event_data(blocks):
         if data == b"[DONE]":
@@ -507,7 +515,7 @@ def _read_tokens(blocks: Iterator[bytes]) -> tuple[float, str]:
             # A token counts although its text may be empty so far: half a character, or a special token.
             first = at
         texts += [choice.text for choice in choices]
-    raise ValueError("the stream ended early, without [DONE]")
+    raise ConnectionError("the stream ended early, without [DONE]")
 
 
 def _event_data(blocks: Iterator[bytes]) -> Iterator[tuple[float, bytes]]:

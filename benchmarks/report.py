@@ -31,7 +31,7 @@ OVERLAP_NOTE = "phases overlap; they do not add up"
 
 _LOG_LINES_SHOWN = 5
 _OVERLAP_SECONDS = 0.001
-_POINT_SHARE = 0.005  # a moment is drawn this wide, or it would not be seen
+_POINT_SHARE = 0.005
 _NOTHING = "–"  # noqa: RUF001 - typography, in a cell of its own
 
 
@@ -43,17 +43,26 @@ class Row:
     cells: tuple[Summary | None, ...]
 
 
-def report(result: BenchResult) -> RenderableType:
+def comparison(result: BenchResult) -> RenderableType:
     """Everything that `coldstart bench` shows at the end."""
+    names = short_names(result)
     parts: list[RenderableType] = [phase_table(result)]
     parts += [Text(line) for line in summary_lines(result)]
     for image in result.images:
         run = median_run(result, image.reference)
         if run is not None:
-            parts += [Text(), waterfall(run)]
+            parts += [Text(), waterfall(run, names[image.reference])]
     if result.failed:
         parts += [Text(), failures(result)]
     return Group(*parts)
+
+
+def short_names(result: BenchResult) -> dict[str, str]:
+    """Reference -> name without registry and path, or the whole reference where that would be ambiguous."""
+    references = [image.reference for image in result.images]
+    names = [reference.rpartition("/")[2] for reference in references]
+    distinct = len(set(names)) == len(names)
+    return dict(zip(references, names if distinct else references, strict=True))
 
 
 def phase_rows(result: BenchResult) -> list[Row]:
@@ -72,15 +81,15 @@ def phase_rows(result: BenchResult) -> list[Row]:
 
 def phase_table(result: BenchResult) -> Table:
     """Rows are phases, columns are images, cells are the median and the middle half of the runs."""
-    table = Table(box=box.SIMPLE_HEAD, caption=_caption(result), caption_justify="left", pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, caption=Text(_caption(result)), caption_justify="left", pad_edge=False)
     table.add_column("phase", no_wrap=True)
-    for image in result.images:
-        table.add_column(Text(image.reference, overflow="fold"), justify="right", no_wrap=False)
+    for name in short_names(result).values():
+        table.add_column(Text(name, overflow="fold"), justify="right")
     rows = phase_rows(result)
     columns = [_cells([row.cells[i] for row in rows]) for i in range(len(result.images))]
     for position, row in enumerate(rows):
         style = "bold" if row.name == FIRST_TOKEN_TOTAL else ""
-        cells = (Text(column[position], no_wrap=True) for column in columns)
+        cells = (Text(column[position]) for column in columns)
         last_phase = position + 1 < len(rows) and rows[position + 1].name == UNATTRIBUTED
         table.add_row(Text(row.name), *cells, style=style, end_section=last_phase)
     return table
@@ -110,7 +119,7 @@ def median_run(result: BenchResult, image: str) -> Run | None:
     return next(run for run in result.measured(image) if run.total_seconds == middle)
 
 
-def waterfall(run: Run) -> RenderableType:
+def waterfall(run: Run, name: str) -> RenderableType:
     """One bar per event from the create call to the first token, as wide as the console allows."""
     total = run.end - run.created_at
     grid = Table.grid(padding=(0, 1), expand=True)
@@ -121,11 +130,17 @@ def waterfall(run: Run) -> RenderableType:
         begin, end = _clipped(event, run)
         if end < begin:  # outside of this start, such as before a snapshot was taken
             continue
-        drawn = max(end, begin + total * _POINT_SHARE)
-        begin = min(begin, total * (1 - _POINT_SHARE))
+        # A moment is drawn as wide as can be seen, and told by when, not by how long.
+        left, right = (
+            min(begin, total * (1 - _POINT_SHARE)),
+            min(max(end, begin + total * _POINT_SHARE), total),
+        )
+        length = f"{end - begin:.2f} s" if end > begin else f"at {begin:.2f} s"
         label = Text.assemble(event.phase.value, (f" {event.process}", "dim"))
-        grid.add_row(label, Bar(total, begin, min(drawn, total), color="cyan"), f"{end - begin:.2f} s")
-    title = f"{run.image}, run {run.index + 1} (the median): {total:.2f} s to the first token"
+        grid.add_row(label, Bar(total, left, right, color="cyan"), length)
+    if run.unattributed_seconds is not None:
+        grid.add_row(Text(UNATTRIBUTED, style="dim"), "", f"{run.unattributed_seconds:.2f} s")
+    title = f"{name}, run {run.index + 1} (the median): {total:.2f} s to the first token"
     return Group(Text(title, style="bold"), grid)
 
 
@@ -180,20 +195,20 @@ def _cell(summary: Summary) -> tuple[str, str]:
     """The median, and the quartiles where there is more than one run."""
     if summary.count == 1:
         return f"{summary.median:.2f}", ""
-    return f"{summary.median:.2f}", f"[{summary.low_quartile:.2f}, {summary.high_quartile:.2f}]"
+    return f"{summary.median:.2f}", f"({summary.low_quartile:.2f}-{summary.high_quartile:.2f})"
 
 
 def _cells(summaries: Sequence[Summary | None]) -> list[str]:
     """One column's texts, right-aligned in both parts so that the decimal points stand in line."""
-    parts = [("", _NOTHING) if summary is None else _cell(summary) for summary in summaries]
-    middle, spread = (max((len(part[i]) for part in parts), default=0) for i in (0, 1))
-    gap = " " if spread else ""
-    return [f"{left:>{middle}}{gap}{right:>{spread}}" for left, right in parts]
+    parts = [None if summary is None else _cell(summary) for summary in summaries]
+    left, right = (max((len(part[i]) for part in parts if part), default=0) for i in (0, 1))
+    gap = " " if right else ""
+    return [f"{part[0]:>{left}}{gap}{part[1]:>{right}}" if part else _NOTHING for part in parts]
 
 
 def _caption(result: BenchResult) -> str:
     several = any(len(result.measured(image.reference)) > 1 for image in result.images)
-    spread = "median [quartiles] in seconds" if several else "seconds, of one run"
+    spread = "median (quartiles) in seconds" if several else "seconds, of one run"
     overlap = any(_overlaps(run) for run in result.runs if run.ok)
     return f"{spread}; {OVERLAP_NOTE}" if overlap else spread
 
@@ -244,35 +259,31 @@ def _totals(result: BenchResult, image: str) -> list[float]:
 
 def _image_lines(result: BenchResult) -> list[str]:
     lines = []
-    for image in result.images:
-        totals = _totals(result, image.reference)
+    for reference, name in short_names(result).items():
+        totals = _totals(result, reference)
         if not totals:
-            lines.append(f"{image.reference}: no run reached its first token.")
+            lines.append(f"{name}: no run reached its first token.")
             continue
         if len(totals) > 1:
             s = summarize(totals)
-            lines.append(
-                f"{image.reference}: total from {s.minimum:.2f} to {s.maximum:.2f} s over {s.count} runs."
-            )
+            lines.append(f"{name}: total from {s.minimum:.2f} to {s.maximum:.2f} s over {s.count} runs.")
         note = outlier_note(totals)
         if note:
-            lines.append(f"{image.reference}: {note}")
+            lines.append(f"{name}: {note}")
     return lines
 
 
 def _ratio_lines(result: BenchResult) -> list[str]:
-    first, *others = result.images
-    baseline = _totals(result, first.reference)
+    (first, first_name), *others = short_names(result).items()
+    baseline = _totals(result, first)
     lines = []
-    for other in others:
-        totals = _totals(result, other.reference)
+    for other, name in others:
+        totals = _totals(result, other)
         if baseline and totals:
             ratio = ratio_of_medians(totals, baseline)
-            fewest = min(len(totals), len(baseline))
-            lines.append(
-                f"{other.reference} takes {ratio.value:.2f} times as long as {first.reference} "
-                f"to the first token ({_interval(ratio, fewest)})."
-            )
+            interval = _interval(ratio, min(len(totals), len(baseline)))
+            longer = f"{name} takes {ratio.value:.2f} times as long as {first_name} to the first token"
+            lines.append(f"{longer} ({interval}).")
     return lines
 
 

@@ -119,7 +119,7 @@ def outlier_note(samples: Sequence[float]) -> str | None:
     if found == (0,) and samples[0] > middle:
         return (
             f"the first measured run took {samples[0]:.2f} s, the median is {middle:.2f} s: it probably read "
-            "from disk what later runs found in the page cache; more --runs give the median to the later state."
+            "from disk what later runs found in the page cache; with more --runs the median describes those."
         )
     listed = ", ".join(f"{samples[i]:.2f} s (measured run {i + 1})" for i in found)
     return (

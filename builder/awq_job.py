@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ PROMPTS = (
     "Translate into Italian: 'The meeting was moved to Thursday because the room is being painted.'",
     "Discuss arguments for and against working from home four days a week.",
 )
-GENERATE_BATCH = 32
+GENERATE_BATCH = 24
 MAX_ROUNDS = 8
 # Several layers of an image are pulled at once, and a shard is the smallest piece that can be one.
 SHARD_SIZE = "2GB"
@@ -105,15 +105,10 @@ def _prompts(tokenizer: Any, first: int, count: int) -> Any:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _texts(output: Any, prompts: Any, eos: set[int]) -> Iterator[list[int]]:
-    """Each row without its padding: the prompt and the answer up to and with its end token."""
-    width = prompts["input_ids"].shape[1]
-    for row, mask in zip(output, prompts["attention_mask"], strict=True):
-        yield row[:width][mask.bool()].tolist()
-        for token in row[width:].tolist():
-            yield [token]
-            if token in eos:
-                break
+def _written(answers: Any, eos: Any) -> Any:
+    """Which generated tokens are text: all up to and with a row's first end token, not the padding after it."""
+    ends = answers.new_tensor(0) + sum((answers == token).int() for token in eos)
+    return (ends.cumsum(1) - ends) == 0
 
 
 def calibration_blocks(
@@ -131,26 +126,22 @@ def calibration_blocks(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     configured = model.generation_config.eos_token_id
-    eos = set(configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id])
+    eos = set(configured if isinstance(configured, list) else [configured, tokenizer.eos_token_id]) - {None}
 
     wanted = samples * tokens
+    count = min(samples, GENERATE_BATCH)
     stream: list[int] = []
-    for rounds in range(MAX_ROUNDS * -(-samples // GENERATE_BATCH)):
-        if len(stream) >= wanted:
-            break
-        count = min(samples, GENERATE_BATCH)
-        before = len(stream)
-        steps = 0
+    for first in range(0, MAX_ROUNDS * samples, count):
+        prompts = {name: ids.to(model.device) for name, ids in _prompts(tokenizer, first, count).items()}
+        width = prompts["input_ids"].shape[1]
+        before = len(stream) + int(prompts["attention_mask"].sum())
 
-        def stepped(input_ids: Any, *_: Any, before: int = before, count: int = count, **__: Any) -> Any:
-            nonlocal steps
-            steps += 1
-            done = min(wanted, before + steps * count)
-            report(done / wanted, f"generating calibration text, {done} of {wanted} tokens")
-            return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        def enough(rows: Any, *_: Any, before: int = before, width: int = width, **__: Any) -> Any:
+            done = before + int(_written(rows[:, width:], eos).sum())
+            report(min(1.0, done / wanted), f"generating calibration text, {min(done, wanted)} of {wanted} tokens")
+            return torch.full((len(rows),), done >= wanted, device=rows.device)
 
-        prompts = {k: v.to(model.device) for k, v in _prompts(tokenizer, rounds * count, count).items()}
-        output = model.generate(
+        rows = model.generate(
             input_ids=prompts["input_ids"],
             attention_mask=prompts["attention_mask"],
             max_new_tokens=tokens,
@@ -159,10 +150,12 @@ def calibration_blocks(
             top_p=0.95,
             use_cache=True,
             pad_token_id=tokenizer.pad_token_id,
-            stopping_criteria=[stepped],
+            stopping_criteria=[enough],
         )
-        for piece in _texts(output, prompts, eos):
-            stream.extend(piece)
+        kept = torch.cat([prompts["attention_mask"].bool(), _written(rows[:, width:], eos)], dim=1)
+        stream.extend(rows[kept].tolist())
+        if len(stream) >= wanted:
+            break
     if not stream:
         raise SystemExit("The model generated no calibration text.")
     while len(stream) < wanted:  # a model that always stops at once: its prompts and first words again

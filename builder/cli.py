@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,10 +171,10 @@ def bench(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
 ) -> None:
     """Start images in turn and time every phase, to the first token."""
+    from benchmarks.docker_host import DockerHost
     from benchmarks.harness import run_benchmark
     from benchmarks.report import comparison
     from builder import build as pipeline
-    from builder.bench_host import DockerHost
     from builder.docker_engine import DockerEngine
 
     chosen = images or [tag for tag in (pipeline.last_built(),) if tag]
@@ -343,8 +344,20 @@ def _show(error: ColdstartError) -> None:
             print(f"  {part}", file=sys.stderr)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which the CLI library turns into exit code 1."""
+
+
+def _interrupt(number: int, _: object) -> None:
+    # A second Ctrl-C must not cut the clean-up of the first.
+    signal.signal(number, signal.SIG_IGN)
+    raise _Interrupted
+
+
 def main() -> None:
     """Entry point: one handler for every error, so that nobody sees a traceback without asking."""
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app(standalone_mode=True)
     except ColdstartError as error:
@@ -352,7 +365,7 @@ def main() -> None:
             raise
         _show(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except _Interrupted:
         print("interrupted; nothing half-made was kept", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
 

@@ -32,11 +32,11 @@ class ConsoleReporter:
 
     def step(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(f"[bold]{_escape(text)}[/bold]", highlight=False)
+            self._console.print(f"[bold]{_escape(text)}[/bold]", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(f"  {_escape(text)}", style="dim", highlight=False)
+            self._console.print(f"  {_escape(text)}", style="dim", highlight=False, soft_wrap=True)
 
     def task(self, title: str, total: int | None, unit: str = "bytes") -> AbstractContextManager[Task]:
         if self._console.is_terminal and not self._quiet:

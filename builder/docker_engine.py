@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import tarfile
@@ -10,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import docker
 import docker.errors
@@ -27,6 +28,10 @@ CONTAINER_PREFIX = "coldstart-"
 _DEVICE_LABEL = "dev.coldstart.base.device"
 _API_TIMEOUT_SECONDS = 600
 _ERROR_LINES = 40
+_ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class DockerEngine:
         try:
             self._client = docker.from_env(timeout=_API_TIMEOUT_SECONDS)
             version = self._client.version()
-        except (docker.errors.DockerException, requests.RequestException) as error:
+        except _ENGINE_ERRORS as error:
             raise HostError(
                 "no Docker Engine answers",
                 why=f"{_short(error)}.",
@@ -111,7 +116,15 @@ class DockerEngine:
                 fix="See `vllm serve --help` of that version.",
             )
 
-    def build(self, rendered: Rendered, tag: str, *, platform: str | None, reporter: Reporter) -> str:
+    def build(
+        self,
+        rendered: Rendered,
+        tag: str,
+        *,
+        platform: str | None,
+        reporter: Reporter,
+        network: str | None = None,
+    ) -> str:
         """Build and tag; returns the image id. On failure or Ctrl-C removes what it made.
 
         Raises BuildError with the failed step's own output.
@@ -125,13 +138,14 @@ class DockerEngine:
                     custom_context=True,
                     tag=tag,
                     platform=platform,
+                    network_mode=network,
                     rm=True,
                     forcerm=True,
                     decode=True,
                 )
             for message in output:
                 self._follow(message, tag, made, log, reporter)
-        except (docker.errors.DockerException, requests.RequestException) as error:
+        except _ENGINE_ERRORS as error:
             self._discard(made)
             raise BuildError(
                 f"Docker Engine could not build {tag}", why=_short(error), log="\n".join(log[-_ERROR_LINES:])
@@ -167,7 +181,7 @@ class DockerEngine:
 
     def _discard(self, made: Sequence[str]) -> None:
         for image in reversed(made[1:]):  # the first is the FROM image
-            with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
+            with contextlib.suppress(*_ENGINE_ERRORS):
                 self._client.api.remove_image(image, noprune=True)
 
     def remove_image(self, reference: str) -> None:
@@ -192,7 +206,7 @@ class DockerEngine:
                     self._client.api.pull(reference, stream=True, decode=True, platform=platform), task
                 ):
                     pass
-        except (docker.errors.DockerException, requests.RequestException, BuildError) as error:
+        except (*_ENGINE_ERRORS, BuildError) as error:
             why = error.why if isinstance(error, BuildError) else _short(error)
             raise InputError(
                 f"cannot get the base image {reference}", why=why, fix="Check the name, or give --base."
@@ -282,15 +296,35 @@ class DockerEngine:
                 ),
             )["Id"]
             api.start(container)
-        except docker.errors.APIError as error:
+        except BaseException as error:
             if container:
                 api.remove_container(container, force=True)
+            if not isinstance(error, _ENGINE_ERRORS):
+                raise
             raise HostError(f"cannot start a container of {image}", why=_short(error)) from None
         return Container(self._client, container, created_at)
 
 
+def _engine_errors(method: Callable[_P, _T]) -> Callable[_P, _T]:
+    """The engine's refusals as HostError: a container that somebody removed, an engine that stopped."""
+
+    @functools.wraps(method)
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(*args, **kwargs)
+        except _ENGINE_ERRORS as error:
+            raise HostError(
+                f"Docker Engine could not {method.__name__} a container", why=_short(error)
+            ) from None
+
+    return wrapper
+
+
 class Container:
-    """A container that we started. created_at: epoch seconds just before it was created."""
+    """A container that we started. created_at: epoch seconds just before it was created.
+
+    Every method raises HostError when the engine refuses.
+    """
 
     def __init__(self, client: docker.DockerClient, id: str, created_at: float) -> None:
         self._api = client.api
@@ -300,6 +334,7 @@ class Container:
         state: Mapping[str, Any] = self._api.inspect_container(self.id)["State"]
         return state
 
+    @_engine_errors
     def host_port(self) -> int:
         """Raises HostError when the container died before its port was there."""
         ports = self._api.inspect_container(self.id)["NetworkSettings"]["Ports"] or {}
@@ -308,37 +343,46 @@ class Container:
             raise HostError(f"container {self.id[:12]} has no published port", why="It is not running.")
         return int(bound[0]["HostPort"])
 
+    @_engine_errors
     def running(self) -> bool:
         return bool(self._state()["Running"])
 
+    @_engine_errors
     def exit_code(self) -> int | None:
         state = self._state()
         return None if state["Running"] else int(state["ExitCode"])
 
+    @_engine_errors
     def health(self) -> str:
         """HEALTHCHECK's verdict: starting, healthy or unhealthy."""
         return str((self._state().get("Health") or {}).get("Status", "none"))
 
+    @_engine_errors
     def logs(self) -> str:
         return self._api.logs(self.id).decode(errors="replace")
 
+    @_engine_errors
     def run(self, command: Sequence[str]) -> tuple[int, str]:
         """Run a command inside; exit code and output."""
         job = self._api.exec_create(self.id, list(command))["Id"]
         output = self._api.exec_start(job).decode(errors="replace")
         return int(self._api.exec_inspect(job)["ExitCode"]), output
 
+    @_engine_errors
     def signal(self, name: str) -> None:
         self._api.kill(self.id, signal=name)
 
+    @_engine_errors
     def wait(self, timeout: int) -> int:
         return int(self._api.wait(self.id, timeout=timeout)["StatusCode"])
 
+    @_engine_errors
     def stop(self, timeout: int) -> int:
         """SIGTERM, then SIGKILL after `timeout` seconds; returns the exit code."""
         self._api.stop(self.id, timeout=timeout)
         return int(self._state()["ExitCode"])
 
+    @_engine_errors
     def remove(self) -> None:
         with contextlib.suppress(docker.errors.NotFound):
             self._api.remove_container(self.id, force=True, v=True)

@@ -78,7 +78,6 @@ def _forwarding_bar(task: Task) -> Any:
 
 def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
     """Run a hub call and turn its errors into ours. The client's messages name no token."""
-    import httpx
     from huggingface_hub import errors
 
     where = f"{ref.repo}@{ref.revision}" if ref.revision else str(ref.repo)
@@ -105,7 +104,7 @@ def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
         status = error.response.status_code if error.response is not None else "no"
         fix = _LOGIN if status in (401, 403) else "Try again later."
         raise ModelError(f"cannot get {where}", why=f"The hub answered {status}.", fix=fix) from None
-    except (httpx.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:
         raise ModelError(
             f"cannot reach the hub for {where}",
             why=f"{type(error).__name__}: {error}.",

@@ -24,8 +24,12 @@ MAX_WEIGHT_LAYERS = 64
 _LABEL = "dev.coldstart"
 
 # Defaults of a device, before the user's own arguments. CPU images start eager: compiled bf16 answers
-# wrong on some CPUs, and no golden check guards it yet.
-_ENGINE_DEFAULTS: Mapping[Device, tuple[str, ...]] = {"cuda": (), "cpu": ("--enforce-eager",)}
+# wrong on some CPUs, and no golden check guards it yet. Their KV cache is 2 GiB: vLLM would otherwise take
+# 92 % of the host's memory, and refuse to start where less than that is free.
+_ENGINE_DEFAULTS: Mapping[Device, tuple[str, ...]] = {
+    "cuda": (),
+    "cpu": ("--enforce-eager", "--kv-cache-memory-bytes", "2147483648"),
+}
 _DEVICE_ENV: Mapping[Device, Mapping[str, str]] = {
     "cuda": {},
     # The engine core runs its one worker in process: the multi-process executor wants more /dev/shm

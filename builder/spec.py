@@ -51,6 +51,14 @@ class ImageSpec(BaseModel):
     engine_args: tuple[str, ...] = ()
     max_layer_bytes: int = Field(default=1 << 30, ge=1 << 20)
 
+    @field_validator("base", "tag", "platform")
+    @classmethod
+    def _image_words(cls, value: str | None) -> str | None:
+        # These stand unquoted in a Dockerfile and in printed commands.
+        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", value):
+            raise ValueError(f"{value!r} is not a name of an image or a platform")
+        return value
+
     @field_validator("engine_args", mode="before")
     @classmethod
     def _stringify(cls, value: Any) -> Any:

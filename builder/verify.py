@@ -65,7 +65,7 @@ def _read_own_files(engine: DockerEngine, reference: str) -> tuple[dict[str, Any
             if _TOKEN.search(content):
                 tokens.append(f"/opt/{entry.name}")
             if entry.name.endswith("/manifest.json"):
-                mode = entry.mode
+                mode = entry.mode & 0o777
                 try:
                     manifest = json.loads(content)
                 except ValueError:

@@ -6,10 +6,14 @@ import contextlib
 import importlib.util
 import os
 import signal
-from collections.abc import Mapping
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar, cast
+
+_T = TypeVar("_T")
 
 
 class TemplateProcess(ForkServerProcess):
@@ -36,6 +40,36 @@ class TemplateContext(ForkServerContext):
 
 
 CONTEXT = TemplateContext()
+
+
+def call_in_fork(function: Callable[[], _T]) -> _T:
+    """Call `function` in a fork of the template and return its picklable result.
+
+    `function` may be a lambda, as vLLM's own `_run_in_subprocess` allows. Raises RuntimeError if it fails.
+    """
+    import cloudpickle
+
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_answer, args=(cloudpickle.dumps(function), sender), name="inspect")
+    process.start()
+    sender.close()
+    try:
+        ok, result = receiver.recv()
+    except EOFError:
+        ok, result = False, "the process died"
+    process.join()
+    if not ok:
+        raise RuntimeError(f"failed in a forked process: {result}")
+    return cast(_T, result)
+
+
+def _answer(pickled: bytes, sender: Connection) -> None:
+    import cloudpickle
+
+    try:
+        sender.send((True, cloudpickle.loads(pickled)()))
+    except Exception:
+        sender.send((False, traceback.format_exc()))
 
 
 def openmp_preload(device: str, environ: Mapping[str, str]) -> str | None:

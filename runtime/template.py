@@ -14,9 +14,8 @@ import threading
 import traceback
 from multiprocessing import forkserver, resource_tracker
 
-from runtime import trace
+from runtime import processes, trace
 from runtime.phases import Phase
-from runtime.processes import CONTEXT
 from runtime.settings import read_manifest
 
 # What a served model needs in the API process, the engine core and the worker.
@@ -41,10 +40,21 @@ def _fork_from_template() -> None:
     """
     import vllm.utils.system_utils as system_utils
 
-    system_utils.get_mp_context = lambda: CONTEXT
+    system_utils.get_mp_context = lambda: processes.CONTEXT
     # A forked process would otherwise start a forkserver of its own: CPython's forgets in children that
     # one is running (it keeps the address but not the pid).
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
+
+
+def _inspect_in_fork() -> None:
+    """Let vLLM look at a model class in a fork of this process.
+
+    It does so in a new interpreter, so that a model module cannot open the GPU in the API process; that
+    one imports everything again, for several seconds. A fork keeps the separation and is done at once.
+    """
+    import vllm.model_executor.models.registry as registry
+
+    registry._run_in_subprocess = processes.call_in_fork
 
 
 def _load() -> None:
@@ -53,6 +63,7 @@ def _load() -> None:
     device = read_manifest().device
     with trace.span(Phase.ENGINE_IMPORT):
         _fork_from_template()
+        _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
     missing = trace.install(device)

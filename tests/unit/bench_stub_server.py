@@ -1,0 +1,125 @@
+"""A server that starts, answers and fails as its JSON argument says; the bench tests run it as a subprocess.
+
+Prints its port once it listens, as a container engine would publish it. It reports known phases at known
+offsets, so that what the harness records can be compared with them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import FrameType
+from typing import Any
+
+STARTED = time.time()
+PLAN: dict[str, Any] = {
+    "ready_after": 0.1,  # None: never
+    "die_after": None,
+    "die_in_answer": False,
+    "models": None,  # the body of a 200, verbatim
+    "models_status": 503,  # until ready
+    "startup": "report",  # report | missing, or the body of a 200, verbatim
+    "started_shift": 0.0,
+    "stream": None,  # the body of the completion, verbatim, so many times
+    "stream_times": 1,
+    "completion_status": 200,
+    "exit_code": 0,
+    **json.loads(sys.argv[1]),
+}
+EVENTS = [("server_bind", 0.0, 0.02), ("engine_import", 0.01, 0.06), ("weight_load", 0.05, 0.09)]
+TOKENS = ["", " Paris", "."]
+
+
+def ready() -> bool:
+    return PLAN["ready_after"] is not None and time.time() - STARTED >= PLAN["ready_after"]
+
+
+def startup_report() -> bytes:
+    started = STARTED + PLAN["started_shift"]
+    events = [
+        {"phase": name, "start": started + a, "end": started + b, "process": "pid1", "pid": 1, "detail": ""}
+        for name, a, b in EVENTS
+        if time.time() - STARTED >= b
+    ]
+    status = "ready" if ready() else "starting"
+    return json.dumps({"schema": 1, "status": status, "started": started, "phases": events}).encode()
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/v1/models":
+            status = 200 if ready() else PLAN["models_status"]
+            listed = json.dumps({"object": "list", "data": [{"id": "stub"}]})
+            self.reply(status, (PLAN["models"] or listed).encode() if status == 200 else b"{}")
+        elif self.path == "/startup" and PLAN["startup"] != "missing":
+            body = startup_report() if PLAN["startup"] == "report" else PLAN["startup"].encode()
+            self.reply(200 if ready() else 503, body)
+        else:
+            self.reply(404, b"{}")
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        print("asked:", json.dumps(request, sort_keys=True), file=sys.stderr, flush=True)
+        if PLAN["completion_status"] != 200:
+            self.reply(PLAN["completion_status"], b"no such thing")
+            return
+        self.send_response(200)
+        self.send_header("Transfer-Encoding", "chunked")
+        self.end_headers()
+        if PLAN["stream"] is not None:
+            for _ in range(PLAN["stream_times"]):
+                self.chunk(PLAN["stream"])
+        else:
+            self.stream_tokens()
+        self.chunk("")
+
+    def stream_tokens(self) -> None:
+        for token in TOKENS:
+            self.chunk(f"data: {json.dumps({'choices': [{'text': token}]})}\n\n")
+            if PLAN["die_in_answer"]:
+                print("out of memory \x1b[31mhere\x1b[0m", file=sys.stderr, flush=True)
+                leave(9)
+        # A payload cut in two must be put together again.
+        self.chunk("data: [DO")
+        self.chunk("NE]\n\n")
+
+    def chunk(self, text: str) -> None:
+        data = text.encode()
+        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+        self.wfile.flush()
+
+    def reply(self, status: int, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+def leave(code: int) -> None:
+    os._exit(code)
+
+
+def on_term(signum: int, frame: FrameType | None) -> None:
+    leave(PLAN["exit_code"])
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, on_term)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    print(server.server_address[1], flush=True)
+    if PLAN["die_after"] is not None:
+        threading.Timer(PLAN["die_after"], leave, [3]).start()
+    server.serve_forever()
+
+
+main()

@@ -1,0 +1,601 @@
+"""The harness against a real HTTP server process on loopback, started as a container would be."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from benchmarks.harness import describe_machine, interleave, run_benchmark
+from benchmarks.report import comparison, markdown_table, phase_rows, phase_table, short_names, summary_lines
+from benchmarks.schema import BenchResult, ImageFacts, Run, Workload
+from builder.errors import HostError, InputError
+from builder.report import SilentReporter
+from runtime.phases import Phase, PhaseEvent
+
+STUB = Path(__file__).with_name("bench_stub_server.py")
+REPORTED_SECONDS = {Phase.SERVER_BIND: 0.02, Phase.ENGINE_IMPORT: 0.05, Phase.WEIGHT_LOAD: 0.04}
+
+
+class StubContainer:
+    """A subprocess with the life of a container: it can die, be stopped, and must be removed."""
+
+    def __init__(self, name: str, plan: dict[str, Any]) -> None:
+        self.id = name
+        self.created_at = time.time()
+        self.removed = 0
+        command = [sys.executable, "-S", str(STUB), json.dumps(plan)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        self._stderr = self._process.stderr
+        os.set_blocking(self._stderr.fileno(), False)
+        self._port = int(self._process.stdout.readline())
+
+    def host_port(self) -> int:
+        return self._port
+
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def logs(self) -> str:
+        return (self._stderr.read() or b"").decode()
+
+    def stop(self, timeout: int) -> int:
+        self._process.terminate()
+        return self._process.wait(timeout)
+
+    def remove(self) -> None:
+        self.removed += 1
+        self._process.kill()
+        self._process.communicate()
+
+
+NewContainer = Callable[[str, dict[str, Any]], StubContainer]
+
+
+class StubHost:
+    """Images are plans of the stub server, by name; the id of image NAME is id-NAME."""
+
+    def __init__(self, new: NewContainer = StubContainer, **plans: dict[str, Any]) -> None:
+        self.new = new
+        self.plans = plans
+        self.containers: list[StubContainer] = []
+
+    def image_facts(self, image: str) -> ImageFacts:
+        if image not in self.plans:
+            raise InputError(f"There is no image {image}.", fix="Build it.")
+        return ImageFacts(image, f"id-{image}", 1000, {"org.opencontainers.image.title": image})
+
+    def start(self, image: str) -> StubContainer:
+        container = self.new(image, self.plans[image.removeprefix("id-")])
+        self.containers.append(container)
+        return container
+
+
+class Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def bench(host: StubHost, *images: str, runs: int = 1, **options: Any) -> BenchResult:
+    options = {"reporter": SilentReporter(), "save": lambda _: None, "timeout": 20.0, **options}
+    result = run_benchmark(host, images, runs, **options)
+    assert [c.removed for c in host.containers] == [1] * len(host.containers)
+    return result
+
+
+def only_run(host: StubHost, **options: Any) -> Run:
+    (run,) = bench(host, *host.plans, **options).runs
+    return run
+
+
+def seconds_by_phase(run: Run) -> dict[Phase, float]:
+    return {event.phase: event.seconds for event in run.phases}
+
+
+# One start
+
+
+@pytest.fixture(scope="module")
+def good() -> tuple[Run, str]:
+    """A run of an image like ours, and what the server logged."""
+    logs: list[str] = []
+
+    class Logging(StubContainer):
+        def remove(self) -> None:
+            logs.append(self.logs())
+            super().remove()
+
+    return only_run(StubHost(Logging, ours={})), logs[0]
+
+
+def test_a_start_is_measured_to_the_first_token(good: tuple[Run, str]) -> None:
+    run, _ = good
+    assert run.ok
+    assert run.error == run.log_tail == ""
+    assert run.ready_seconds is not None
+    assert run.total_seconds is not None
+    assert 0.1 <= run.ready_seconds <= run.total_seconds
+
+
+def test_reported_phases_are_kept_as_they_were_reported(good: tuple[Run, str]) -> None:
+    run, _ = good
+    found = seconds_by_phase(run)
+    assert run.phases_from == "runtime"
+    assert {phase: found[phase] for phase in REPORTED_SECONDS} == pytest.approx(REPORTED_SECONDS, abs=1e-5)
+
+
+def test_the_client_adds_what_only_it_sees(good: tuple[Run, str]) -> None:
+    run, _ = good
+    start, *_, ready, first_token = run.phases
+    assert [e.phase for e in (start, ready, first_token)] == [
+        Phase.CONTAINER_START,
+        Phase.READY,
+        Phase.FIRST_TOKEN,
+    ]
+    assert {e.process for e in (start, ready, first_token)} == {"client"}
+    assert start.start == run.created_at < start.end
+    assert start.end == pytest.approx(next(e.start for e in run.phases if e.phase == Phase.SERVER_BIND))
+    assert ready.start == ready.end == first_token.start <= first_token.end == pytest.approx(run.end)
+
+
+def test_what_no_phase_covers_is_unattributed(good: tuple[Run, str]) -> None:
+    run, _ = good
+    assert run.total_seconds is not None
+    found = seconds_by_phase(run)
+    # The stub's phases overlap: together they cover 0.09 s from the start of the process.
+    explained = found[Phase.CONTAINER_START] + 0.09 + found[Phase.FIRST_TOKEN]
+    assert run.unattributed_seconds is not None
+    assert 0 < run.unattributed_seconds == pytest.approx(run.total_seconds - explained, abs=1e-5)
+
+
+def test_the_answer_and_the_stop_are_kept(good: tuple[Run, str]) -> None:
+    run, _ = good
+    assert run.answer == " Paris."
+    assert run.exit_code == 0
+    assert run.stop_seconds is not None
+    assert run.warnings == ()
+
+
+def test_the_request_is_greedy_fixed_and_names_the_served_model(good: tuple[Run, str]) -> None:
+    _, log = good
+    assert json.loads(log.split("asked:")[1]) == {
+        "model": "stub",
+        "prompt": "The capital of France is",
+        "max_tokens": 16,
+        "temperature": 0,
+        "stream": True,
+    }
+
+
+def test_an_image_without_startup_has_only_the_clients_view() -> None:
+    run = only_run(StubHost(stock={"startup": "missing"}))
+    assert run.ok
+    assert run.phases_from == "client"
+    assert [event.phase for event in run.phases] == [Phase.READY, Phase.FIRST_TOKEN]
+    assert run.unattributed_seconds == pytest.approx(run.ready_seconds)
+    assert run.warnings == ()
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        "<html>",
+        '{"schema": 2, "started": 1, "phases": []}',
+        '{"schema": 1, "started": 1, "phases": [{"phase": "coffee"}]}',
+        '{"schema": 1, "started": NaN, "phases": []}',
+    ],
+)
+def test_a_startup_that_is_no_report_is_ignored_with_a_warning(garbage: str) -> None:
+    run = only_run(StubHost(odd={"startup": garbage}))
+    assert run.ok
+    assert run.phases_from == "client"
+    assert run.warnings == ("GET /startup answered 200, not a start-up report",)
+
+
+@pytest.mark.parametrize("shift", [-1000.0, 1000.0])
+def test_phases_from_another_clock_are_not_mixed_in(shift: float) -> None:
+    run = only_run(StubHost(adrift={"started_shift": shift}))
+    assert run.ok
+    assert run.phases_from == "client"
+    assert "clock" in run.warnings[0]
+
+
+def test_an_unclean_exit_is_a_warning_and_the_measurement_stands() -> None:
+    run = only_run(StubHost(rude={"exit_code": 7}))
+    assert run.ok
+    assert run.exit_code == 7
+    assert run.warnings == ("exit code 7 after SIGTERM",)
+
+
+# Failures
+
+
+def test_a_server_that_dies_is_kept_as_failed_with_its_exit_code() -> None:
+    run = only_run(StubHost(dies={"ready_after": None, "die_after": 0.05}))
+    assert not run.ok
+    assert run.total_seconds is run.unattributed_seconds is None
+    assert "exited with code 3" in run.error
+    assert run.exit_code == 3
+
+
+def test_a_server_that_dies_while_it_answers_leaves_its_log_without_terminal_codes() -> None:
+    run = only_run(StubHost(dies={"die_in_answer": True}))
+    assert not run.ok
+    assert "exited with code 9" in run.error
+    assert run.ready_seconds is not None
+    assert run.log_tail.endswith("out of memory here")
+
+
+def test_a_server_that_never_gets_ready_is_stopped_and_its_finished_phases_are_kept() -> None:
+    run = only_run(StubHost(slow={"ready_after": None}), timeout=1.5)
+    assert not run.ok
+    assert "not ready within 1.5 s" in run.error
+    assert "GET /v1/models answered 503" in run.error
+    assert run.exit_code == 0
+    assert run.phases_from == "runtime"
+    assert Phase.FIRST_TOKEN not in seconds_by_phase(run)
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        ({"models": "hello"}, "without a model list"),
+        ({"models": '{"data": []}'}, "without a model list"),
+        ({"models_status": 401, "ready_after": None}, "wants an API key"),
+        ({"completion_status": 404}, "it answered 404: 'no such thing'"),
+        ({"stream": "garbage\n"}, "ended early"),
+        ({"stream": "data: garbage\n\n"}, "the stream holds 'garbage'"),
+        ({"stream": 'data: {"error": {"message": "boom"}}\n\n'}, "boom"),
+        ({"stream": "data: [DONE]\n\n"}, "without a token"),
+        ({"stream": 'data: {"choices": [{"text": "a"}]}\n\n'}, "ended early"),
+    ],
+)
+def test_an_answer_that_is_none_fails_the_run_with_the_reason(plan: dict[str, Any], reason: str) -> None:
+    run = only_run(StubHost(garbage=plan))
+    assert not run.ok
+    assert reason in run.error
+
+
+def test_an_endless_answer_ends() -> None:
+    run = only_run(StubHost(endless={"stream": "x" * 1024, "stream_times": 2048}))
+    assert "more than 1048576 bytes" in run.error
+
+
+def test_a_container_that_cannot_start_is_a_failed_run_and_the_others_go_on() -> None:
+    class NoStart(StubHost):
+        def start(self, image: str) -> StubContainer:
+            if image == "id-broken":
+                raise HostError("no space left", fix="Free some.")
+            return super().start(image)
+
+    result = bench(NoStart(broken={}, fine={}), "broken", "fine")
+    assert [run.ok for run in result.runs] == [False, True]
+    assert result.failed[0].error == "no space left. Free some."
+
+
+def test_a_container_without_a_port_is_a_failed_run() -> None:
+    class NoPort(StubContainer):
+        def host_port(self) -> int:
+            raise HostError("It publishes no port.")
+
+    assert "publishes no port" in only_run(StubHost(NoPort, closed={})).error
+
+
+def test_a_container_that_cannot_be_removed_is_told_and_its_run_kept() -> None:
+    class Sticky(StubContainer):
+        def remove(self) -> None:
+            super().remove()
+            raise HostError("Device busy.")
+
+    notes = Notes()
+    assert only_run(StubHost(Sticky, sticky={}), reporter=notes).ok
+    assert any("docker rm -f id-sticky" in note for note in notes.notes)
+
+
+@pytest.mark.parametrize("method", ["host_port", "running", "stop"])
+def test_ctrl_c_removes_the_container_and_keeps_what_was_saved(method: str) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def make(name: str, plan: dict[str, Any]) -> StubContainer:
+        container = StubContainer(name, plan)
+        if name == "id-second":
+            setattr(container, method, interrupt)
+        return container
+
+    host = StubHost(make, first={}, second={})
+    saved: list[BenchResult] = []
+    with pytest.raises(KeyboardInterrupt):
+        bench(host, "first", "second", save=saved.append)
+    assert [c.removed for c in host.containers] == [1, 1]
+    assert [run.image for run in saved[-1].runs] == ["first"]
+
+
+def test_a_save_that_fails_leaves_no_container() -> None:
+    def full(_: BenchResult) -> None:
+        raise OSError("disk full")
+
+    host = StubHost(one={})
+    with pytest.raises(OSError, match="disk full"):
+        bench(host, "one", save=full)
+    assert [c.removed for c in host.containers] == [1]
+
+
+@pytest.mark.parametrize(
+    ("images", "runs", "timeout"), [([], 1, 9.0), (["a"], 0, 9.0), (["a"], 1, 0.0), (["a", "a"], 1, 9.0)]
+)
+def test_arguments_that_measure_nothing_are_refused_before_anything_starts(
+    images: list[str], runs: int, timeout: float
+) -> None:
+    host = StubHost(a={})
+    with pytest.raises(InputError) as caught:
+        bench(host, *images, runs=runs, timeout=timeout)
+    assert caught.value.fix
+    assert host.containers == []
+
+
+def test_an_unknown_image_is_refused_before_anything_starts() -> None:
+    host = StubHost(a={})
+    with pytest.raises(InputError, match="no image b"):
+        bench(host, "a", "b")
+    assert host.containers == []
+
+
+# Several
+
+
+def test_images_take_turns() -> None:
+    assert interleave("AB", 3) == [("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[BenchResult, list[BenchResult]]:
+    """Two runs of ours and of a foreign image, and everything that was saved on the way."""
+    saved: list[BenchResult] = []
+    host = StubHost(ours={}, stock={"startup": "missing", "ready_after": 0.2})
+    return bench(host, "ours", "stock", runs=2, save=saved.append), saved
+
+
+def test_runs_are_started_in_turn_and_numbered(pair: tuple[BenchResult, list[BenchResult]]) -> None:
+    result, _ = pair
+    assert [(r.image, r.index, r.order) for r in result.runs] == [
+        ("ours", 0, 0),
+        ("stock", 0, 1),
+        ("stock", 1, 2),
+        ("ours", 1, 3),
+    ]
+    starts = [run.created_at for run in result.runs]
+    assert starts == sorted(starts)
+
+
+def test_everything_so_far_is_saved_after_each_run(pair: tuple[BenchResult, list[BenchResult]]) -> None:
+    result, saved = pair
+    assert [len(s.runs) for s in saved] == [1, 2, 3, 4]
+    assert saved[-1] == result
+
+
+def test_the_result_file_reads_back_as_it_was(pair: tuple[BenchResult, list[BenchResult]]) -> None:
+    result, _ = pair
+    text = result.model_dump_json(indent=2)
+    assert BenchResult.model_validate_json(text) == result
+    assert json.loads(text)["page_cache"] == "not controlled"
+    assert json.loads(text)["runs"][0]["phases"][0]["phase"] == "container_start"
+
+
+def test_a_result_file_with_an_unknown_field_is_refused(pair: tuple[BenchResult, list[BenchResult]]) -> None:
+    data = json.loads(pair[0].model_dump_json())
+    data["runs"][0]["phases"][0]["colour"] = "red"
+    with pytest.raises(ValidationError, match="colour"):
+        BenchResult.model_validate(data)
+
+
+def test_a_run_is_measured_or_explained() -> None:
+    with pytest.raises(ValidationError, match="has an error"):
+        Run(image="a", index=0, order=0, ok=False, created_at=1.0)
+    with pytest.raises(ValidationError, match="total_seconds"):
+        Run(image="a", index=0, order=0, ok=True, created_at=1.0)
+
+
+def test_the_machine_is_described() -> None:
+    machine = describe_machine(engine_version="20.10.24")
+    assert machine.cores >= 1
+    assert machine.memory > 1 << 20
+    assert machine.cpu_model
+    assert machine.docker_engine == "20.10.24"
+
+
+# The report, on a result with known numbers
+
+
+def known_run(image: str, order: int, total: float, *, runtime: bool = True, t0: float = 1000.0) -> Run:
+    """Container start 1 s; import [1, 3]; weights [2, 4]; nothing [4, total - 0.5]; first token 0.5 s."""
+    end = t0 + total
+    events = [
+        PhaseEvent(Phase.READY, end - 0.5, end - 0.5, "client", 7),
+        PhaseEvent(Phase.FIRST_TOKEN, end - 0.5, end, "client", 7),
+    ]
+    if runtime:
+        events = [
+            PhaseEvent(Phase.CONTAINER_START, t0, t0 + 1, "client", 7),
+            PhaseEvent(Phase.ENGINE_IMPORT, t0 + 1, t0 + 3, "api", 1),
+            PhaseEvent(Phase.WEIGHT_LOAD, t0 + 2, t0 + 4, "engine_core", 2),
+            *events,
+        ]
+    return Run(
+        image=image,
+        index=order // 2,
+        order=order,
+        ok=True,
+        created_at=t0,
+        ready_seconds=total - 0.5,
+        total_seconds=total,
+        unattributed_seconds=total - (4.5 if runtime else 0.5),
+        phases=tuple(events),
+        phases_from="runtime" if runtime else "client",
+        answer=" Paris.",
+        exit_code=0,
+    )
+
+
+def known_result(*runs: Run, images: tuple[str, ...] = ("ours:awq", "stock[1]")) -> BenchResult:
+    return BenchResult.model_validate(
+        {
+            "created": "2026-01-02T03:04:05Z",
+            "machine": {
+                "cpu_model": "Test CPU",
+                "cores": 2,
+                "memory": 24 << 30,
+                "kernel": "6.1",
+                "platform": "Linux x86_64",
+                "docker_engine": "20.10",
+            },
+            "workload": Workload(),
+            "images": [ImageFacts(image, "sha256:1", 1) for image in images],
+            "runs_per_image": max(1, len(runs) // len(images)),
+            "runs": runs,
+        }
+    )
+
+
+def compared(runs: int) -> BenchResult:
+    ours = [known_run("ours:awq", 2 * i, 5.0 + i) for i in range(runs)]
+    stock = [known_run("stock[1]", 2 * i + 1, 10.0 + 2 * i, runtime=False) for i in range(runs)]
+    return known_result(*ours, *stock)
+
+
+def shown(renderable: object, width: int = 100) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_rows_are_phases_in_order_then_unattributed_and_totals() -> None:
+    rows = {row.name: [cell and cell.median for cell in row.cells] for row in phase_rows(compared(3))}
+    assert list(rows.items()) == [
+        ("container_start", [1.0, None]),
+        ("engine_import", [2.0, None]),
+        ("weight_load", [2.0, None]),
+        ("first_token", [0.5, 0.5]),
+        ("unattributed", [1.5, 11.5]),
+        ("ready (total)", [5.5, 11.5]),
+        ("first token (total)", [6.0, 12.0]),
+    ]
+
+
+def test_a_phase_that_one_run_lacks_took_no_time_in_it() -> None:
+    without = known_run("a", 2, 6.0)
+    without = without.model_copy(
+        update={"phases": tuple(e for e in without.phases if e.phase != Phase.WEIGHT_LOAD)}
+    )
+    rows = {r.name: r for r in phase_rows(known_result(known_run("a", 0, 6.0), without, images=("a",)))}
+    assert rows["weight_load"].cells[0] is not None
+    assert rows["weight_load"].cells[0].median == 1.0
+
+
+def test_a_run_whose_phases_could_not_be_read_does_not_count_as_zero() -> None:
+    blind = known_run("a", 2, 6.0, runtime=False)
+    rows = {r.name: r for r in phase_rows(known_result(known_run("a", 0, 6.0), blind, images=("a",)))}
+    assert rows["engine_import"].cells[0] is not None
+    assert rows["engine_import"].cells[0].median == 2.0
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_table_shows_every_number_at_any_width(width: int) -> None:
+    text = shown(phase_table(compared(3)), width)
+    assert all(len(line) <= width for line in text.splitlines())
+    assert all(number in text for number in ("6.00", "(5.50-6.50)", "12.00", "(11.00-13.00)"))
+    assert "overlap; they do not add up" in " ".join(text.split())
+    assert "stock[1]" in text
+
+
+def test_names_are_short_where_they_stay_distinct() -> None:
+    apart = known_result(images=("reg:5000/team/a:1", "other/b:1"))
+    alike = known_result(images=("reg:5000/a:1", "other/a:1"))
+    assert list(short_names(apart).values()) == ["a:1", "b:1"]
+    assert list(short_names(alike).values()) == ["reg:5000/a:1", "other/a:1"]
+
+
+def test_ratio_has_an_interval_and_says_that_few_runs_narrow_it() -> None:
+    (line,) = (line for line in summary_lines(compared(3)) if "times as long" in line)
+    assert line.startswith("stock[1] takes 2.00 times as long as ours:awq to the first token (95% bootstrap")
+    assert "fewer than 6 runs" in line
+
+
+def test_two_runs_have_a_ratio_without_an_interval() -> None:
+    (line,) = (line for line in summary_lines(compared(2)) if "times as long" in line)
+    assert "would not be meaningful" in line
+
+
+def test_the_summary_says_what_where_and_how_often() -> None:
+    text = "\n".join(summary_lines(compared(3)))
+    assert "Compared: ours:awq and stock[1], each started 3 times, in turn; none failed" in text
+    assert "page cache not controlled" in text
+    assert "Test CPU, 2 cores, 24 GiB, Linux x86_64, kernel 6.1, Docker Engine 20.10" in text
+    assert "same answer" in text
+
+
+def test_differing_answers_of_one_image_are_told() -> None:
+    odd = known_run("a", 2, 6.0).model_copy(update={"answer": " Rome."})
+    text = "\n".join(summary_lines(known_result(known_run("a", 0, 6.0), odd, images=("a",))))
+    assert "differ between runs of a" in text
+
+
+def test_the_waterfall_shows_the_median_run_with_every_event() -> None:
+    text = shown(comparison(compared(3)), 80)
+    assert "ours:awq, run 2 (the median): 6.00 s to the first token" in text
+    bars = text.split("(the median)")[1]
+    assert all(name in bars for name in ("container_start", "engine_import api", "weight_load engine_core"))
+    assert "█" in bars
+    assert "unattributed" in bars
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_failed_runs_are_reported_with_reason_and_log() -> None:
+    failed = Run(
+        image="a", index=1, order=1, ok=False, error="It [died].", created_at=1.0, log_tail="x\nlast [line]"
+    )
+    text = shown(comparison(known_result(known_run("a", 0, 6.0), failed, images=("a",))))
+    assert "a, run 2 failed: It [died]." in text
+    assert "last [line]" in text
+    assert "1 of 2 runs failed" in text
+
+
+def test_an_image_whose_runs_all_failed_still_has_a_report() -> None:
+    failed = Run(image="b", index=0, order=1, ok=False, error="No.", created_at=1.0)
+    result = known_result(known_run("a", 0, 6.0), failed, images=("a", "b"))
+    assert "b: no run reached its first token." in shown(comparison(result))
+    assert "| **first token (total)** | 6.00 | – |" in markdown_table(result)  # noqa: RUF001
+
+
+def test_the_markdown_table_has_a_column_per_image() -> None:
+    lines = markdown_table(compared(3)).splitlines()
+    assert lines[0] == "| phase, seconds | `ours:awq` | `stock[1]` |"
+    assert lines[1] == "|---|---:|---:|"
+    assert "| **first token (total)** | 6.00 (5.50-6.50) | 12.00 (11.00-13.00) |" in lines
+    assert any("Test CPU" in line for line in lines)
+
+
+def test_the_first_run_reading_from_disk_is_pointed_out() -> None:
+    totals = [30.0, 6.0, 6.1, 5.9]
+    runs = [known_run("a", 2 * i, total) for i, total in enumerate(totals)]
+    text = "\n".join(summary_lines(known_result(*runs, images=("a",))))
+    assert "a: the first measured run took 30.00 s" in text

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from builder.errors import ModelError
+from builder.models import ModelSnapshot, describe_quantization, parse_ref, resolve
+from builder.report import SilentReporter
+from tests.models import write_model
+
+
+def _resolve(folder: Path) -> ModelSnapshot:
+    return resolve(parse_ref(str(folder)), SilentReporter())
+
+
+def test_lock_of_a_folder_is_complete_and_repeatable(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", shards=3)
+    first, second = _resolve(folder).lock, _resolve(folder).lock
+    assert first.canonical() == second.canonical()
+    assert (first.name, first.source, first.revision) == ("tiny", "folder", None)
+    assert (first.license, first.dtype, first.architectures) == (
+        "apache-2.0",
+        "bfloat16",
+        ("LlamaForCausalLM",),
+    )
+    assert [file.path for file in first.files] == sorted(file.path for file in first.files)
+
+
+def test_only_what_serving_needs_is_taken(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny")
+    (folder / "original").mkdir()
+    (folder / "original" / "params.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x.json").write_text("{}")
+    assert [file.path for file in _resolve(folder).lock.files] == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+
+
+def test_digest_changes_with_any_byte(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny")
+    before = _resolve(folder).lock.digest
+    (folder / "tokenizer.json").write_text("{ }")
+    assert _resolve(folder).lock.digest != before
+
+
+@pytest.mark.parametrize("keep", [0, 4, 40, -1])
+def test_truncated_shard_is_named(tmp_path: Path, keep: int) -> None:
+    folder = write_model(tmp_path / "tiny", shards=2)
+    shard = folder / "model-00002-of-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="model-00002-of-00002.safetensors is truncated or corrupt"):
+        _resolve(folder)
+
+
+def test_missing_shard_is_named(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", shards=2)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(ModelError, match="model-00002-of-00002.safetensors is missing"):
+        _resolve(folder)
+
+
+def test_tensor_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", shards=2)
+    index = folder / "model.safetensors.index.json"
+    data = json.loads(index.read_text())
+    data["weight_map"]["t9"] = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps(data))
+    with pytest.raises(ModelError, match="has no tensor 't9'"):
+        _resolve(folder)
+
+
+def test_pickles_alone_are_refused(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="pickles only"):
+        _resolve(folder)
+
+
+def test_folder_without_config_or_weights(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match="no config.json"):
+        _resolve(tmp_path / "empty")
+    folder = write_model(tmp_path / "tiny")
+    (folder / "model.safetensors").unlink()
+    (folder / "optimizer.pt").unlink()
+    with pytest.raises(ModelError, match=r"no \*.safetensors"):
+        _resolve(folder)
+
+
+@pytest.mark.parametrize("text", ["./nowhere", "/nowhere", "just-a-name", "a/b/c", "org/na me"])
+def test_what_is_neither_folder_nor_hub_name(text: str) -> None:
+    with pytest.raises(ModelError, match="cannot find the model"):
+        parse_ref(text)
+
+
+def test_hub_names() -> None:
+    assert parse_ref("org/name").repo == "org/name"
+    assert parse_ref("hf://org/name@v1").revision == "v1"
+    assert parse_ref("org/name", "main").revision == "main"
+    with pytest.raises(ModelError, match="two revisions"):
+        parse_ref("org/name@v1", "v2")
+
+
+def test_revision_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not go with a folder"):
+        parse_ref(str(write_model(tmp_path / "tiny")), "main")
+
+
+def test_quantization_is_read_from_the_configuration() -> None:
+    assert describe_quantization({}) is None
+    assert (
+        describe_quantization({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}})
+        == "awq int4 g128"
+    )
+    groups = {"group_0": {"weights": {"num_bits": 4, "type": "int", "group_size": 64}}}
+    quantization = {"quant_method": "compressed-tensors", "config_groups": groups}
+    assert describe_quantization({"quantization_config": quantization}) == "compressed-tensors int4 g64"
