@@ -2,8 +2,8 @@
 
     python -I awq_job.py JOB.json
 
-The job file names `model` and `output` (folders), `device` ("auto", "cuda" or "cpu") and `recipe` (AwqRecipe's
-fields). Progress goes to stdout, one JSON object a line: {"progress": 0..1, "detail": "layer 3 of 30"};
+The job file names `model` and `output` (folders), `device` ("auto", "cuda" or "cpu") and `recipe` (the fields
+of AwqRecipe). Progress goes to stdout, one JSON object a line: {"progress": 0..1, "detail": "layer 3 of 30"};
 everything that a library prints goes to stderr. Exit code 0 means that the folder is complete.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 
 Report = Callable[[float, str], None]
 
-# A user's questions of many kinds: the answers are what calibrates the scales, so they should use the vocabulary
-# that a deployed model uses: prose, code, numbers, lists, tables, other languages.
+# Questions of many kinds, because the scales are calibrated on the answers: prose, code, numbers, lists,
+# tables, other languages.
 PROMPTS = (
     "Explain to a curious twelve-year-old why the sky turns red in the evening.",
     "Write a Python function that merges two sorted lists, and say what its running time is.",
@@ -33,7 +33,7 @@ PROMPTS = (
     "Tell a small story about a lighthouse keeper who finds a letter in a bottle.",
     "Compare electric and petrol cars in a Markdown table with at least five rows.",
     "Erkläre in einfachen Worten, wie eine Impfung wirkt.",
-    "Write a SQL query that finds the ten customers with the largest total orders last month, and explain it.",
+    "Write a SQL query that finds the ten customers who ordered most last month, and explain it.",
     "My web server answers slowly at noon every day. What should I look at first, and why?",
     "Resume en español las ventajas de aprender a tocar un instrumento.",
     "Write a Bash script that renames every .jpeg file in a folder to .jpg without overwriting anything.",
@@ -74,7 +74,7 @@ def _device(wanted: str) -> str:
 
 
 def _generation_device(model: Any, device: str) -> str:
-    """Calibration text is generated on the GPU only where the whole model fits; AWQ itself goes layer by layer."""
+    """Text is generated on the GPU only where the whole model fits; AWQ itself goes layer by layer."""
     import torch
 
     if device != "cuda":
@@ -106,7 +106,7 @@ def _prompts(tokenizer: Any, first: int, count: int) -> Any:
 
 
 def _written(answers: Any, eos: Any) -> Any:
-    """Which generated tokens are text: all up to and with a row's first end token, not the padding after it."""
+    """Which generated tokens are text: all up to and with a row's first end token, not its padding."""
     ends = answers.new_tensor(0) + sum((answers == token).int() for token in eos)
     return (ends.cumsum(1) - ends) == 0
 
@@ -117,7 +117,7 @@ def calibration_blocks(
     """`samples` blocks of exactly `tokens` token ids, of text that the model itself generated.
 
     A model's own answers are close to what it will see, and need no data set that somebody would have to
-    download. Blocks are cut from one stream of conversations, so that nothing is padded and each weighs the same.
+    download. Blocks are cut from one stream of conversations, so that nothing is padded.
     """
     import torch
 
@@ -138,7 +138,10 @@ def calibration_blocks(
 
         def enough(rows: Any, *_: Any, before: int = before, width: int = width, **__: Any) -> Any:
             done = before + int(_written(rows[:, width:], eos).sum())
-            report(min(1.0, done / wanted), f"generating calibration text, {min(done, wanted)} of {wanted} tokens")
+            report(
+                min(1.0, done / wanted),
+                f"generating calibration text, {min(done, wanted)} of {wanted} tokens",
+            )
             return torch.full((len(rows),), done >= wanted, device=rows.device)
 
         rows = model.generate(
@@ -166,7 +169,7 @@ def calibration_blocks(
 def apply_awq(
     model: Any, tokenizer: Any, blocks: list[list[int]], recipe: dict[str, Any], report: Report
 ) -> None:
-    """Scales and quantizes `model` in place: W4A16 in groups of `group_size` weights along the input features."""
+    """Scales and quantizes `model` in place: W4A16, groups of `group_size` weights along the input."""
     import torch
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -220,8 +223,7 @@ def main(job_file: str) -> None:
     recipe, output = job["recipe"], Path(job["output"])
 
     report(0.0, "loading the model")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     def part(start: float, end: float) -> Report:
         return lambda progress, detail: report(start + (end - start) * progress, detail)
@@ -230,19 +232,19 @@ def main(job_file: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     device = _device(job["device"])
     model.to(_generation_device(model, device))
-    with torch.inference_mode():
-        blocks = calibration_blocks(
-            model,
-            tokenizer,
-            samples=recipe["calibration_samples"],
-            tokens=recipe["calibration_tokens"],
-            seed=recipe["seed"],
-            report=part(0.05, 0.25),
-        )
+    blocks = calibration_blocks(
+        model,
+        tokenizer,
+        samples=recipe["calibration_samples"],
+        tokens=recipe["calibration_tokens"],
+        seed=recipe["seed"],
+        report=part(0.05, 0.25),
+    )
     model.to("cpu")  # llm-compressor itself moves one layer at a time to the accelerator
     apply_awq(model, tokenizer, blocks, recipe, part(0.25, 0.97))
 
     report(0.97, "writing the weights")
+    model.generation_config = GenerationConfig()  # transformers refuses to save one that contradicts itself
     model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD_SIZE)
     # The builder copies the model's own tokenizer, chat template and generation config, byte for byte.
     (output / "generation_config.json").unlink(missing_ok=True)

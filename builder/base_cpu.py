@@ -13,6 +13,7 @@ from builder.report import Reporter
 from builder.spec import VLLM_VERSION
 
 TORCH_VERSION = "2.13.0"
+_STAGE_LABEL = "dev.coldstart.base.stage=build"
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,6 @@ def build_base_cpu(
     rendered = Rendered(render.render_base_cpu(base=base), tuple(files))
     reporter.step(f"Building {tag} (about 4 GB, some minutes)")
     # pip must reach its index the way this host does.
-    return engine.build(rendered, tag, platform=None, reporter=reporter, network="host")
+    image = engine.build(rendered, tag, label=_STAGE_LABEL, platform=None, reporter=reporter, network="host")
+    engine.remove_untagged(_STAGE_LABEL)  # the first stage, another 4 GB
+    return image

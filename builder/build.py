@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,9 @@ class BuiltImage:
 
 
 def cache_folder() -> Path:
-    """Downloads' derivatives, the quantizer's environment and memos; safe to delete at any time."""
-    return Path(platformdirs.user_cache_dir("coldstart", appauthor=False))
+    """Quantized weights, the quantizer's environment and memos; safe to delete at any time."""
+    chosen = os.environ.get("COLDSTART_CACHE")
+    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coldstart", appauthor=False))
 
 
 def prepare_model(spec: ImageSpec, reporter: Reporter) -> models.ModelSnapshot:
@@ -99,11 +101,14 @@ def build(spec: ImageSpec, engine: DockerEngine, reporter: Reporter, *, push: bo
         engine.build(
             render.render_weights(plan, snapshot.root),
             plan.weights.tag,
+            label=plan.label,
             platform=spec.platform,
             reporter=reporter,
         )
     reporter.step(f"Building {plan.tag}")
-    image = engine.build(render.render_image(plan), plan.tag, platform=spec.platform, reporter=reporter)
+    image = engine.build(
+        render.render_image(plan), plan.tag, label=plan.label, platform=spec.platform, reporter=reporter
+    )
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
     return BuiltImage(plan.tag, image, digest, plan, reused)

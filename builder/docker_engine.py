@@ -28,6 +28,8 @@ CONTAINER_PREFIX = "coldstart-"
 _DEVICE_LABEL = "dev.coldstart.base.device"
 _API_TIMEOUT_SECONDS = 600
 _ERROR_LINES = 40
+# How long an engine may take to notice that a build's client is gone.
+_LEFTOVER_SECONDS = 30.0
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
 
 _P = ParamSpec("_P")
@@ -121,16 +123,19 @@ class DockerEngine:
         rendered: Rendered,
         tag: str,
         *,
+        label: str,
         platform: str | None,
         reporter: Reporter,
         network: str | None = None,
     ) -> str:
-        """Build and tag; returns the image id. On failure or Ctrl-C removes what it made.
+        """Build and tag; returns the image id. On failure or Ctrl-C nothing of it is left.
 
-        Raises BuildError with the failed step's own output.
+        label: "name=value" that the Dockerfile gives its images first of all; it tells the leftovers of
+        this build from everybody else's. Raises BuildError with the failed step's own output.
         """
-        made: list[str] = []
+        before = self._untagged(label)
         log: list[str] = []
+        output = None
         try:
             with reporter.task(f"Sending {tag}", context.size(rendered)) as task:
                 output = self._client.api.build(
@@ -144,49 +149,51 @@ class DockerEngine:
                     decode=True,
                 )
             for message in output:
-                self._follow(message, tag, made, log, reporter)
-        except _ENGINE_ERRORS as error:
-            self._discard(made)
+                _follow(message, tag, log, reporter)
+        except BaseException as error:
+            del output  # closes the connection, which makes the engine stop
+            self._remove_leftovers(label, before)
+            if not isinstance(error, _ENGINE_ERRORS):
+                raise
             raise BuildError(
                 f"Docker Engine could not build {tag}", why=_short(error), log="\n".join(log[-_ERROR_LINES:])
             ) from None
-        except BaseException:
-            self._discard(made)
-            raise
         found = self.image(tag)
         if found is None:
             raise BuildError(f"the build of {tag} ended without an image", log="\n".join(log[-_ERROR_LINES:]))
         return found.id
 
-    def _follow(
-        self, message: Mapping[str, Any], tag: str, made: list[str], log: list[str], reporter: Reporter
-    ) -> None:
-        if "error" in message:
-            raise BuildError(
-                f"building {tag} failed",
-                why=str(message["error"]).strip(),
-                fix="What the step printed stands above.",
-                log="\n".join(log[-_ERROR_LINES:]),
-            )
-        for line in str(message.get("stream", "")).splitlines():
-            text = line.strip()
-            if not text:
-                continue
-            log.append(text)
-            if re.match(r"Step \d+/\d+ :", text):
-                reporter.note(text[:140])
-            layer = re.fullmatch(r"---> ([0-9a-f]{12})", text)
-            if layer and (len(log) < 2 or "Using cache" not in log[-2]):
-                made.append(layer.group(1))
-
-    def _discard(self, made: Sequence[str]) -> None:
-        for image in reversed(made[1:]):  # the first is the FROM image
+    def remove_untagged(self, label: str) -> None:
+        """Remove what no tag names and has this label: stages and replaced builds of our own."""
+        for image in self._untagged(label):
             with contextlib.suppress(*_ENGINE_ERRORS):
-                self._client.api.remove_image(image, noprune=True)
+                self._client.api.remove_image(image)
+
+    def _untagged(self, label: str) -> set[str]:
+        filters = {"dangling": True, "label": label}
+        return {image["Id"] for image in self._client.api.images(filters=filters)}
+
+    def _remove_leftovers(self, label: str, before: set[str]) -> None:
+        """The engine ends a step only some moments after its client is gone, so look more than once."""
+        quiet = 0
+        deadline = time.monotonic() + _LEFTOVER_SECONDS
+        with contextlib.suppress(*_ENGINE_ERRORS):
+            while quiet < 4 and time.monotonic() < deadline:
+                left = self._untagged(label) - before
+                quiet = 0 if left else quiet + 1
+                for image in left:
+                    with contextlib.suppress(*_ENGINE_ERRORS):
+                        self._client.api.remove_image(image)
+                time.sleep(0.25)
 
     def remove_image(self, reference: str) -> None:
-        with contextlib.suppress(docker.errors.ImageNotFound):
+        """Nothing happens if it is not there. Raises HostError while a container uses it."""
+        try:
             self._client.api.remove_image(reference)
+        except docker.errors.ImageNotFound:
+            pass
+        except _ENGINE_ERRORS as error:
+            raise HostError(f"cannot remove {reference}", why=_short(error)) from None
 
     def push(self, tag: str, reporter: Reporter) -> str:
         """Push with the engine's own credentials; returns the registry's digest. Raises BuildError."""
@@ -386,6 +393,23 @@ class Container:
     def remove(self) -> None:
         with contextlib.suppress(docker.errors.NotFound):
             self._api.remove_container(self.id, force=True, v=True)
+
+
+def _follow(message: Mapping[str, Any], tag: str, log: list[str], reporter: Reporter) -> None:
+    """Keep and show a line of the engine's build output. Raises BuildError where it reports an error."""
+    if "error" in message:
+        raise BuildError(
+            f"building {tag} failed",
+            why=str(message["error"]).strip(),
+            fix="What the step printed stands above.",
+            log="\n".join(log[-_ERROR_LINES:]),
+        )
+    for line in str(message.get("stream", "")).splitlines():
+        text = line.strip()
+        if text:
+            log.append(text)
+        if re.match(r"Step \d+/\d+ :", text):
+            reporter.note(text[:140])
 
 
 class _Reader:

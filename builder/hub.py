@@ -104,7 +104,7 @@ def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
         status = error.response.status_code if error.response is not None else "no"
         fix = _LOGIN if status in (401, 403) else "Try again later."
         raise ModelError(f"cannot get {where}", why=f"The hub answered {status}.", fix=fix) from None
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise ModelError(
             f"cannot reach the hub for {where}",
             why=f"{type(error).__name__}: {error}.",

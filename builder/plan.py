@@ -96,6 +96,11 @@ class BuildPlan:
     user: str = "2000:0"
 
     @property
+    def label(self) -> str:
+        """What every image of this plan carries, unfinished ones too, as "name=value"."""
+        return f"{_LABEL}.weights.key={self.weights.key}"
+
+    @property
     def manifest(self) -> dict[str, Any]:
         """The content of /opt/coldstart/manifest.json."""
         return {

@@ -48,9 +48,9 @@ def test_current_phase_is_the_one_that_began_last() -> None:
     lifecycle = Lifecycle(started=0.0)
     lifecycle.begin(Phase.ENGINE_INIT, pid=1, start=1.0)
     lifecycle.begin(Phase.WEIGHT_LOAD, pid=2, start=2.0)
-    assert lifecycle.current_phase is Phase.WEIGHT_LOAD
+    assert lifecycle.current_phase == Phase.WEIGHT_LOAD.value
     lifecycle.finish(PhaseEvent(Phase.WEIGHT_LOAD, 2.0, 3.0, "EngineCore", 2))
-    assert lifecycle.current_phase is Phase.ENGINE_INIT
+    assert lifecycle.current_phase == Phase.ENGINE_INIT.value
     snapshot = lifecycle.snapshot()
     assert PhaseEvent.from_json(snapshot["phases"][0]).seconds == 1.0
 

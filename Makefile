@@ -1,0 +1,35 @@
+# `make test` and `make demo` set up all they need; the rest assumes nothing either.
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+TESTBED := tests/testbed/with-testbed.sh
+
+.PHONY: test test-unit test-image check demo demo-clean bench clean
+
+$(VENV)/.made: pyproject.toml
+	python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+test: test-unit test-image
+
+test-unit: $(VENV)/.made
+	$(BIN)/python -m pytest tests/unit
+
+test-image: $(VENV)/.made
+	$(TESTBED) $(BIN)/python -m pytest tests/image
+
+check: $(VENV)/.made
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_imports.py
+
+demo: $(VENV)/.made
+	tests/testbed/demo.sh
+
+demo-clean:
+	tests/testbed/clean.sh
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

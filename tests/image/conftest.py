@@ -1,0 +1,145 @@
+"""Real images of the real model, built once for all tests by the command line that users have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.docker_engine import Container, DockerEngine
+
+PREFIX = "coldstart-test"
+READY_SECONDS = 300
+# A short context keeps the KV cache's bookkeeping small; the shortest drain that still is one.
+ENGINE_ARGS = ("--max-model-len", "2048")
+
+
+@dataclass(frozen=True)
+class Finished:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def coldstart(*arguments: str, env: dict[str, str] | None = None) -> Finished:
+    """The command as installed, in a process of its own."""
+    done = subprocess.run(
+        [str(Path(sys.executable).parent / "coldstart"), *arguments],
+        env={**os.environ, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def get(container: Container, path: str) -> Reply:
+    url = f"http://127.0.0.1:{container.host_port()}{path}"
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return Reply(answer.status, dict(answer.headers), answer.read())
+    except urllib.error.HTTPError as error:
+        return Reply(error.code, dict(error.headers), error.read())
+
+
+def wait_until(condition: Callable[[], bool], container: Container, seconds: float = READY_SECONDS) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if not container.running():
+            pytest.fail(f"the container exited with {container.exit_code()}:\n{container.logs()[-3000:]}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds} s:\n{container.logs()[-3000:]}")
+        time.sleep(0.1)
+
+
+def _answers(container: Container, path: str, status: int) -> bool:
+    try:
+        return get(container, path).status == status
+    except OSError:
+        return False
+
+
+def wait_ready(container: Container) -> None:
+    wait_until(lambda: _answers(container, "/ready", 200), container)
+
+
+@pytest.fixture(scope="session")
+def engine() -> DockerEngine:
+    return DockerEngine()
+
+
+@pytest.fixture(scope="session")
+def model() -> str:
+    return os.environ["COLDSTART_TEST_MODEL"]
+
+
+@pytest.fixture(scope="session")
+def base() -> str:
+    return os.environ["COLDSTART_TEST_BASE"]
+
+
+@pytest.fixture(scope="session")
+def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[..., Any]]:
+    """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end."""
+    tags: list[str] = []
+
+    def run(name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS) -> Any:
+        tag = f"{PREFIX}/{name}"
+        done = coldstart(*("build", model, "--base", base, "-t", tag, "--json", *flags), "--", *engine_args)
+        assert done.code == 0, done.err
+        tags.append(tag)
+        return done.json
+
+    yield run
+    for tag in dict.fromkeys(tags):
+        engine.remove_image(tag)
+
+
+@pytest.fixture(scope="session")
+def plain(build: Callable[..., Any]) -> Any:
+    return build("smollm2:plain")
+
+
+@pytest.fixture(scope="session")
+def awq(build: Callable[..., Any]) -> Any:
+    return build("smollm2:awq", "--quantize", "awq")
+
+
+@pytest.fixture
+def start(engine: DockerEngine) -> Iterator[Callable[..., Container]]:
+    """start(image, **options) -> a container, removed after the test."""
+    containers: list[Container] = []
+
+    def run(image: str, **options: Any) -> Container:
+        containers.append(engine.start(image, **options))
+        return containers[-1]
+
+    yield run
+    for container in containers:
+        container.remove()

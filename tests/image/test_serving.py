@@ -1,0 +1,161 @@
+"""A built image as its user runs it: real vLLM, real model, real signals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from builder.docker_engine import Container, DockerEngine
+from runtime.phases import Phase, PhaseEvent, covered_seconds
+from tests.image.conftest import get, wait_ready, wait_until
+
+ASK = Path(__file__).parent / "ask.py"
+# What happens at a start on a CPU with baked weights; `compile` does not, since CPU images start eager.
+CPU_PHASES = {
+    *(Phase.SERVER_BIND, Phase.CONFIG_PARSE, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.ENGINE_INIT),
+    *(Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.TOKENIZER_INIT, Phase.READY),
+}
+
+
+@pytest.mark.parametrize("image", ["plain", "awq"])
+def test_answers_a_question_with_no_network(
+    image: str, request: pytest.FixtureRequest, start: Callable[..., Container]
+) -> None:
+    tag = request.getfixturevalue(image)["tag"]
+    container = start(tag, network="none", publish=False)
+    wait_until(lambda: container.run(["python3", "-m", "runtime", "health"])[0] == 0, container)
+    code, output = container.run(["python3", "-c", ASK.read_text()])
+    assert code == 0, output
+    answer = json.loads(output.strip().splitlines()[-1])
+    assert answer["model"] == "SmolLM2-135M-Instruct"
+    assert "Paris" in answer["chat"]
+
+
+def test_probes_phases_and_shutdown_of_one_start(plain: Any, start: Callable[..., Container]) -> None:
+    container = start(plain["tag"], arguments=["--drain-delay", "1", "--drain-timeout", "120"])
+    seen: set[str] = set()
+
+    def starting_is_over() -> bool:
+        try:
+            startup = get(container, "/startup")
+        except OSError:
+            return False
+        if startup.status == 200:
+            return True
+        seen.add(str(startup.json["phase"]))
+        assert get(container, "/health").status == 200
+        for path in ("/ready", "/v1/models", "/v1/chat/completions"):
+            reply = get(container, path)
+            # The hand-over may happen between two requests; then the state has moved on, for good.
+            if reply.status != 503:
+                return True
+            assert reply.headers.get("retry-after") == "1"
+        return False
+
+    wait_until(starting_is_over, container)
+    wait_ready(container)
+    assert Phase.ENGINE_IMPORT.value in seen
+    for path in ("/health", "/ready", "/v1/models", "/startup"):
+        assert get(container, path).status == 200
+    _check_phases(get(container, "/startup").json)
+    assert b"coldstart_phase_seconds" in get(container, "/metrics").body
+    wait_until(lambda: container.health() == "healthy", container, seconds=60)
+    _check_running_request_finishes(container)
+
+
+def _check_phases(startup: Any) -> None:
+    events = [PhaseEvent.from_json(event) for event in startup["phases"]]
+    assert {event.phase for event in events} == CPU_PHASES
+    assert {event.process for event in events} == {"pid1", "template", "api", "EngineCore"}
+    assert all(startup["started"] <= event.start <= event.end for event in events)
+    by_phase = {event.phase: event for event in events if event.process != "pid1"}
+    assert by_phase[Phase.ENGINE_IMPORT].end <= by_phase[Phase.WEIGHT_LOAD].start
+    assert by_phase[Phase.WEIGHT_LOAD].end <= by_phase[Phase.READY].start
+    end = startup["started"] + startup["elapsed"]
+    assert covered_seconds(events, startup["started"], end) > 0.8 * startup["elapsed"]
+
+
+def _check_running_request_finishes(container: Container) -> None:
+    """SIGTERM in the middle of a stream: readiness goes off, the stream comes to its end, exit code 0."""
+    body = {
+        "model": "SmolLM2-135M-Instruct",
+        "prompt": "Once upon a time",
+        "max_tokens": 200,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{container.host_port()}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    lines: list[str] = []
+    first = threading.Event()
+
+    def read() -> None:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            for line in answer:
+                lines.append(line.decode())
+                first.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert first.wait(60)
+    sent = len(lines)
+    container.signal("SIGTERM")
+    reader.join(120)
+    chunks = [line for line in lines if line.startswith("data: {")]
+    assert lines[-2].strip() == "data: [DONE]"
+    assert len(chunks) > sent  # it really was under way
+    assert json.loads(chunks[-1].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
+    assert container.wait(60) == 0
+
+
+@pytest.mark.parametrize("seconds", [0.5, 4.0, 8.0])
+def test_sigterm_during_start_up_exits_cleanly(
+    plain: Any, start: Callable[..., Container], seconds: float
+) -> None:
+    container = start(plain["tag"])
+    time.sleep(seconds)
+    begun = time.monotonic()
+    code = container.stop(20)
+    assert code == 0, container.logs()[-2000:]
+    assert time.monotonic() - begun < 20  # it was not the SIGKILL
+
+
+def test_port_in_use_is_told(plain: Any, start: Callable[..., Container]) -> None:
+    first = start(plain["tag"], network="host", publish=False, environment={"COLDSTART_PORT": "18431"})
+    wait_until(lambda: "listening on" in first.logs(), first, seconds=30)
+    second = start(plain["tag"], network="host", publish=False, environment={"COLDSTART_PORT": "18431"})
+    assert second.wait(30) == 5
+    assert "cannot listen on 0.0.0.0:18431: Address already in use" in second.logs()
+
+
+def test_engine_death_ends_the_container(plain: Any, start: Callable[..., Container]) -> None:
+    container = start(plain["tag"])
+    wait_ready(container)
+    kill = "import os,signal,json,urllib.request as u;"
+    kill += "d=json.load(u.urlopen('http://127.0.0.1:8000/startup'));"
+    kill += "os.kill(next(p['pid'] for p in d['phases'] if p['process']=='EngineCore'), signal.SIGKILL)"
+    assert container.run(["python3", "-c", kill])[0] == 0
+    assert container.wait(30) == 1
+    assert "failed: the engine core died" in container.logs()
+
+
+def test_nothing_of_ours_is_left_running(engine: DockerEngine) -> None:
+    names = subprocess.run(
+        ["docker", "ps", "-a", "--filter", "name=coldstart-", "--format", "{{.Names}}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert names.stdout.split() == []

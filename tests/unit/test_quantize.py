@@ -1,0 +1,390 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder import quantize
+from builder.errors import BuildError, HostError, ModelError
+from builder.models import LockedFile, ModelSnapshot, parse_ref, resolve
+from builder.quantize import (
+    COMPLETE_MARKER,
+    GROUP_SIZES,
+    AwqRecipe,
+    choose_recipe,
+    environment_folder,
+    finished_result,
+    job_environment,
+    quantize_awq,
+    result_digest,
+)
+from builder.report import SilentReporter, Task
+from tests.models import write_model
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+}
+RECIPE = AwqRecipe(64, False, ("lm_head",), 16, 256, 0)
+
+# Stands in for the job: leaves what a finished job leaves, and a line that is no progress.
+WRITES_A_RESULT = """
+import json, pathlib, sys
+job = json.loads(pathlib.Path(sys.argv[-1]).read_text())
+output = pathlib.Path(job["output"])
+print(json.dumps({"progress": 0.5, "detail": "layer 1 of 2"}), flush=True)
+print("a library says hello", flush=True)
+(output / "config.json").write_text(json.dumps({"quantization_config": job["recipe"]}))
+(output / "model.safetensors").write_bytes(b"int4")
+(output / "model.safetensors").chmod(0o600)
+print(json.dumps({"progress": 1.0, "detail": "done"}), flush=True)
+"""
+
+
+class RecordingReporter(SilentReporter):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.tasks: list[tuple[str, int | None, str]] = []
+        self.details: list[str] = []
+        self.amounts: list[int] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def advance(self, amount: int) -> None:
+        self.amounts.append(amount)
+
+    def detail(self, text: str) -> None:
+        self.details.append(text)
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str = "bytes") -> Iterator[Task]:
+        self.tasks.append((title, total, unit))
+        yield self
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path) -> ModelSnapshot:
+    return resolve(parse_ref(str(write_model(tmp_path / "tiny"))), SilentReporter())
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def _prepared_environment(cache: Path, script: str) -> None:
+    """A complete environment whose "Python" runs `script` whatever it is asked to run."""
+    environment = environment_folder(cache)
+    python = environment / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!{sys.executable}\n{script}")
+    python.chmod(0o755)
+    (environment / COMPLETE_MARKER).write_text("[]")
+
+
+def _left_behind(cache: Path) -> list[str]:
+    return sorted(path.name for path in (cache / "quantized").iterdir() if path.suffix != ".lock")
+
+
+@pytest.mark.parametrize(
+    ("config", "group_size"),
+    [
+        ({}, 128),
+        # SmolLM2-135M
+        ({"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64}, 64),
+        # Qwen2.5-0.5B: no head_dim in its config.json
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "hidden_size": 896,
+                "intermediate_size": 4864,
+                "num_attention_heads": 14,
+            },
+            128,
+        ),
+        # only the input of o_proj, 5 heads of 32, is not a multiple of 64
+        ({"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 5, "head_dim": 32}, 32),
+        ({"architectures": ["Gemma3ForCausalLM"], "hidden_size": 640, "intermediate_size": 2048}, 128),
+    ],
+)
+def test_group_size_is_the_largest_that_divides_every_input(config: dict[str, Any], group_size: int) -> None:
+    assert choose_recipe(LLAMA | config) == dataclasses.replace(RECIPE, group_size=group_size)
+
+
+@given(hidden=st.integers(1, 300), intermediate=st.integers(1, 300), heads=st.integers(1, 40))
+def test_group_size_divides_or_the_model_is_refused(hidden: int, intermediate: int, heads: int) -> None:
+    shapes = [hidden * 16, intermediate * 16, heads * 16]
+    keys = {"hidden_size": shapes[0], "intermediate_size": shapes[1], "num_attention_heads": heads}
+    fitting = [size for size in GROUP_SIZES if all(shape % size == 0 for shape in shapes)]
+    if fitting:
+        assert choose_recipe(LLAMA | keys | {"head_dim": 16}).group_size == max(fitting)
+    else:
+        with pytest.raises(ModelError, match="cannot quantize"):
+            choose_recipe(LLAMA | keys | {"head_dim": 16})
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"hidden_size": 100, "num_attention_heads": 10}, "hidden_size 100.*No group size of 128, 64, 32"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(quant_method gptq\)"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "mixture-of-experts model Qwen3MoeForCausalLM"),
+        ({"architectures": ["MixtralForCausalLM"]}, "mixture-of-experts model MixtralForCausalLM"),
+        ({"num_local_experts": 8}, "mixture-of-experts"),
+        (
+            {"architectures": ["Qwen2VLForConditionalGeneration"]},
+            "does not support Qwen2VL.*LlamaForCausalLM",
+        ),
+        ({"architectures": None}, "does not support"),
+    ],
+)
+def test_models_that_awq_would_spoil_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message) as refused:
+        choose_recipe(LLAMA | config)
+    assert "Build without --quantize" in refused.value.fix
+
+
+def test_config_without_shapes_is_refused_by_the_missing_key() -> None:
+    with pytest.raises(ModelError, match="has no intermediate_size"):
+        choose_recipe({key: value for key, value in LLAMA.items() if key != "intermediate_size"})
+
+
+def test_recipe_has_stable_canonical_bytes() -> None:
+    assert RECIPE.canonical() == (
+        b'{"calibration_samples":16,"calibration_tokens":256,"group_size":64,'
+        b'"ignore":["lm_head"],"seed":0,"symmetric":false}'
+    )
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"group_size": 32},
+        {"symmetric": True},
+        {"ignore": ()},
+        {"calibration_samples": 8},
+        {"calibration_tokens": 128},
+        {"seed": 1},
+    ],
+)
+def test_result_digest_depends_on_every_field_of_the_recipe(
+    snapshot: ModelSnapshot, changed: dict[str, Any]
+) -> None:
+    other = dataclasses.replace(RECIPE, **changed)
+    assert other.digest != RECIPE.digest
+    assert result_digest(snapshot.lock, other) != result_digest(snapshot.lock, RECIPE)
+
+
+def test_result_digest_depends_on_the_model_and_the_quantizer(
+    snapshot: ModelSnapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = result_digest(snapshot.lock, RECIPE)
+    assert result_digest(snapshot.lock, RECIPE) == digest
+    assert result_digest(snapshot.lock.model_copy(update={"revision": "abc"}), RECIPE) != digest
+    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", ("llmcompressor==9.9",))
+    assert result_digest(snapshot.lock, RECIPE) != digest
+
+
+def test_cached_result_is_returned_and_nothing_runs(snapshot: ModelSnapshot, cache: Path) -> None:
+    assert finished_result(snapshot, RECIPE, cache=cache) is None
+    folder = cache / "quantized" / result_digest(snapshot.lock, RECIPE) / "tiny"
+    folder.mkdir(parents=True)
+    reporter = RecordingReporter()
+    assert quantize_awq(snapshot, RECIPE, cache=cache, reporter=reporter) == folder
+    assert finished_result(snapshot, RECIPE, cache=cache) == folder
+    assert "in the cache" in reporter.notes[0]
+    assert not (cache / "quantizer").exists()
+
+
+def test_result_has_the_new_weights_and_the_models_own_small_files(
+    snapshot: ModelSnapshot, cache: Path
+) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT)
+    reporter = RecordingReporter()
+    folder = quantize_awq(snapshot, RECIPE, cache=cache, reporter=reporter)
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (folder / "tokenizer.json").read_bytes() == (snapshot.root / "tokenizer.json").read_bytes()
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"] == 64
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
+    assert _left_behind(cache) == [result_digest(snapshot.lock, RECIPE)]
+    assert reporter.tasks == [("Quantizing tiny with AWQ", 100, "percent")]
+    assert (reporter.details, sum(reporter.amounts)) == (["layer 1 of 2", "done"], 100)
+
+
+def test_failing_job_shows_its_log_and_leaves_nothing(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT + "raise RuntimeError('scales are NaN')")
+    with pytest.raises(BuildError, match=r"quantizing tiny with AWQ failed Exit code 1\.") as failed:
+        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert "a library says hello" in failed.value.log
+    assert "RuntimeError: scales are NaN" in failed.value.log
+    assert _left_behind(cache) == []
+
+
+def test_killed_job_is_reported_as_out_of_memory(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, "import os; os.kill(os.getpid(), 9)")
+    with pytest.raises(BuildError, match="memory ran out"):
+        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+
+
+def test_job_that_leaves_no_weights_is_a_failure(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, "pass")
+    with pytest.raises(BuildError, match="no weights"):
+        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert _left_behind(cache) == []
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_ctrl_c_ends_the_job_and_its_children(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
+    _prepared_environment(
+        cache,
+        f"""
+import json, os, pathlib, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+pathlib.Path({str(tmp_path / "pids")!r}).write_text(f"{{os.getpid()}} {{child.pid}}")
+print(json.dumps({{"progress": 0.1, "detail": "layer 1 of 30"}}), flush=True)
+time.sleep(60)
+""",
+    )
+
+    class Interrupting(RecordingReporter):
+        def detail(self, text: str) -> None:
+            super().detail(text)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize_awq(snapshot, RECIPE, cache=cache, reporter=Interrupting())
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    deadline = time.monotonic() + 5
+    while any(map(_is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(_is_running, pids))
+    assert _left_behind(cache) == []
+
+
+def test_rest_of_a_killed_build_is_replaced(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT)
+    rest = cache / "quantized" / f".{result_digest(snapshot.lock, RECIPE)}.partial" / "result"
+    rest.mkdir(parents=True)
+    quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert not rest.exists()
+
+
+def test_two_builds_at_once_quantize_once(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    _prepared_environment(
+        cache, f"import time; open({str(ran)!r}, 'a').write('x'); time.sleep(0.5)\n{WRITES_A_RESULT}"
+    )
+    reporters = [RecordingReporter(), RecordingReporter()]
+    threads = [
+        threading.Thread(target=quantize_awq, args=(snapshot, RECIPE), kwargs={"cache": cache, "reporter": r})
+        for r in reporters
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ran.read_text() == "x"
+    assert [note for r in reporters for note in r.notes if note.startswith("Waiting")]
+
+
+def test_job_sees_no_token_and_no_network(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
+    seen = job_environment(
+        {
+            "PATH": "/usr/bin",
+            "CUDA_VISIBLE_DEVICES": "1",
+            "HF_TOKEN": "hf_secret",
+            "HUGGING_FACE_HUB_TOKEN": "hf_secret",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "NVIDIA_API_KEY": "secret",
+            "HF_HOME": "/home/user/hf",
+            "PYTHONPATH": "/home/user/lib",
+        },
+        tmp_path,
+    )
+    assert not [name for name, value in seen.items() if "secret" in value or "/home/user" in value]
+    assert (seen["PATH"], seen["CUDA_VISIBLE_DEVICES"], seen["HOME"]) == ("/usr/bin", "1", str(tmp_path))
+    assert (seen["HF_HUB_OFFLINE"], seen["TRANSFORMERS_OFFLINE"]) == ("1", "1")
+
+
+def test_too_little_disk_space_is_said_before_anything_starts(snapshot: ModelSnapshot, cache: Path) -> None:
+    huge = LockedFile(path="model.safetensors", size=10**18, sha256="0" * 64)
+    lock = snapshot.lock.model_copy(update={"files": (huge,)})
+    with pytest.raises(HostError, match=r"needs 93132257\d\.\d GiB"):
+        quantize_awq(ModelSnapshot(lock, snapshot.root), RECIPE, cache=cache, reporter=SilentReporter())
+    assert not environment_folder(cache).exists()
+
+
+def _wheel(folder: Path) -> Path:
+    """A distribution that pip can install without any index."""
+    path = folder / "stand_in-1.0-py3-none-any.whl"
+    info = "stand_in-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("stand_in.py", "VALUE = 41\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: stand-in\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_environment_is_made_once_and_an_unfinished_one_is_replaced(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", (str(_wheel(tmp_path)),))
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    unfinished = environment_folder(cache) / "lib" / "half"
+    unfinished.mkdir(parents=True)
+    first = RecordingReporter()
+    python = quantize._ensure_environment(cache, first)
+    assert not unfinished.exists()
+    assert not (tmp_path / "elsewhere").exists()
+    assert "virtual environment" in first.details
+    subprocess.run([python, "-I", "-c", "import stand_in; assert stand_in.VALUE == 41"], check=True)
+    second = RecordingReporter()
+    assert quantize._ensure_environment(cache, second) == python
+    assert second.tasks == []
+
+
+def test_environment_that_cannot_be_installed_shows_pips_log_and_leaves_nothing(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", (str(tmp_path / "missing-1.0-py3-none-any.whl"),))
+    with pytest.raises(BuildError, match="cannot install the quantizer") as failed:
+        quantize._ensure_environment(cache, SilentReporter())
+    assert "missing-1.0" in failed.value.log
+    assert not environment_folder(cache).exists()
+
+
+def test_environment_whose_python_is_gone_is_not_used(cache: Path) -> None:
+    _prepared_environment(cache, "")
+    python = environment_folder(cache) / "bin" / "python"
+    assert quantize._is_complete(environment_folder(cache))
+    python.unlink()
+    python.symlink_to(cache / "removed-python")
+    assert not quantize._is_complete(environment_folder(cache))
