@@ -2,9 +2,9 @@
 
     python -I awq_job.py JOB.json
 
-The job file names `model` and `output` (folders), `device` ("auto", "cuda" or "cpu") and `recipe` (the fields
-of AwqRecipe). Progress goes to stdout, one JSON object a line: {"progress": 0..1, "detail": "layer 3 of 30"};
-everything that a library prints goes to stderr. Exit code 0 means that the folder is complete.
+The job file names `model` and `output` (folders) and `recipe` (the fields of AwqRecipe). CUDA is used where
+there is a GPU. Progress goes to stdout, one JSON object a line, {"progress": 0..1, "detail": "layer 3 of 30"},
+and everything that a library prints to stderr. Exit code 0 means that `output` is complete.
 """
 
 from __future__ import annotations
@@ -65,19 +65,11 @@ def _claim_stdout() -> Report:
     return report
 
 
-def _device(wanted: str) -> str:
-    import torch
-
-    if wanted != "auto":
-        return wanted
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _generation_device(model: Any, device: str) -> str:
+def _generation_device(model: Any) -> str:
     """Text is generated on the GPU only where the whole model fits; AWQ itself goes layer by layer."""
     import torch
 
-    if device != "cuda":
+    if not torch.cuda.is_available():
         return "cpu"
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info()
@@ -105,9 +97,14 @@ def _prompts(tokenizer: Any, first: int, count: int) -> Any:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def _written(answers: Any, eos: Any) -> Any:
-    """Which generated tokens are text: all up to and with a row's first end token, not its padding."""
-    ends = answers.new_tensor(0) + sum((answers == token).int() for token in eos)
+def _written(answers: Any, eos: set[int]) -> Any:
+    """Which generated tokens are text: all up to and with a row's first end token, not its padding.
+
+    answers: int64 [rows, steps]; returns bool [rows, steps].
+    """
+    import torch
+
+    ends = torch.isin(answers, torch.tensor(sorted(eos), device=answers.device)).int()
     return (ends.cumsum(1) - ends) == 0
 
 
@@ -206,7 +203,7 @@ def apply_awq(
         tokenizer=tokenizer,
         dataset=DataLoader(rows, batch_size=8),  # type: ignore[arg-type, unused-ignore]
         recipe=[
-            AWQModifier(),
+            AWQModifier(duo_scaling="both"),  # as in llm-compressor's own AWQ recipes, at the same cost
             QuantizationModifier(
                 config_groups={"group_0": {"targets": ["Linear"], "weights": weights}},
                 ignore=list(recipe["ignore"]),
@@ -230,8 +227,7 @@ def main(job_file: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
-    device = _device(job["device"])
-    model.to(_generation_device(model, device))
+    model.to(_generation_device(model))
     blocks = calibration_blocks(
         model,
         tokenizer,

@@ -96,7 +96,7 @@ def build(spec: ImageSpec, engine: DockerEngine, reporter: Reporter, *, push: bo
     if reused:
         reporter.step(f"Weights image {plan.weights.tag} is here already; no weight is sent")
     else:
-        _require_space(engine.data_root, plan.disk_bytes)
+        require_space(engine.data_root, plan.disk_bytes)
         reporter.step(f"Building the weights image {plan.weights.tag}")
         engine.build(
             render.render_weights(plan, snapshot.root),
@@ -141,7 +141,7 @@ def _remember_accepted(base: BaseImage, arguments: tuple[str, ...]) -> None:
     memo.touch()
 
 
-def _require_space(data_root: str, needed: int) -> None:
+def require_space(data_root: str, needed: int) -> None:
     """The engine's disk, when it is on this machine (a remote engine's is not ours to look at)."""
     folder = Path(data_root)
     if not folder.exists():

@@ -304,8 +304,7 @@ def _plan_json(made: BuildPlan, quantized_later: str | None) -> dict[str, Any]:
 
 
 def _print_plan(made: BuildPlan, quantized_later: str | None) -> None:
-    def size(number: int) -> str:
-        return f"{number / 1e6:,.1f} MB"
+    from rich.filesize import decimal as size
 
     typer.echo(f"image            {made.tag}")
     typer.echo(

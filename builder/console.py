@@ -116,5 +116,6 @@ class _PlainTask:
 @contextmanager
 def _plain(reporter: ConsoleReporter, title: str, total: int | None, unit: str) -> Iterator[Task]:
     task = _PlainTask(reporter, title, total, unit)
+    reporter.note(f"{title} …")
     yield task
     reporter.note(f"{title}: {task.summary()}")

@@ -38,7 +38,7 @@ def download(
     # The card carries the licence; it does not go into the image.
     wanted = choose(sizes) + [name for name in sizes if name == "README.md"]
     total = sum(sizes[name] for name in wanted)
-    _require_space(Path(hub.HF_HUB_CACHE), total)
+    require_space(Path(hub.HF_HUB_CACHE), total)
     with reporter.task(f"Downloading {ref.repo}", total) as task:
         root = _call(
             ref,
@@ -112,7 +112,7 @@ def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
         ) from None
 
 
-def _require_space(cache: Path, needed: int) -> None:
+def require_space(cache: Path, needed: int) -> None:
     folder = cache
     while not folder.exists():
         folder = folder.parent

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -96,6 +97,30 @@ def test_weights_are_in_the_image_once(plain: Any, base: str, engine: DockerEngi
     added = engine.require_image(plain["tag"]).size - engine.require_image(base).size
     weights = sum(file["size"] for file in plain["manifest"]["model"]["files"])
     assert weights <= added < weights + (1 << 20)
+
+
+def test_no_package_cache_is_in_the_image(plain: Any, engine: DockerEngine) -> None:
+    with engine.open_files(plain["tag"]) as walk:
+        kept = [
+            entry.name
+            for folder in ("/root", "/tmp", "/var/lib/apt/lists", "/var/cache/apt/archives")
+            for entry, file in walk(folder)
+            if file is not None and entry.size > 100_000
+        ]
+    assert kept == []
+
+
+def test_output_of_a_failing_step_is_shown(engine: DockerEngine) -> None:
+    nothing = f"{PREFIX}/nothing:1"
+    _import_image(engine, nothing)
+    try:
+        done = coldstart("base", "cpu", "--from", nothing, "-t", f"{PREFIX}/never:1")
+        assert done.code == 5
+        assert "/bin/sh" in done.err
+        assert "Traceback" not in done.err
+        assert engine.image(f"{PREFIX}/never:1") is None
+    finally:
+        engine.remove_image(nothing)
 
 
 def test_rendered_folders_build_to_the_same_image(
@@ -313,31 +338,10 @@ def test_ctrl_c_leaves_nothing_half_made(step: str, tmp_path: Path, base: str, e
     _grow(folder, 200 << 20)
     before = _dangling(engine), _containers()
     tag = f"{PREFIX}/interrupted:1"
-    command = [
-        str(Path(sys.executable).parent / "coldstart"),
-        "build",
-        str(folder),
-        "--base",
-        base,
-        "-t",
-        tag,
-    ]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        seen = []
-        for line in process.stderr:
-            seen.append(line)
-            if line.strip().startswith(step):
-                process.send_signal(signal.SIGINT)
-                break
-        rest = process.stderr.read()
-        assert process.stdout is not None
-        out = process.stdout.read()
-        code = process.wait(60)
-    text = "".join(seen) + rest
+    code, text = _interrupt_at(step, "build", str(folder), "--base", base, "-t", tag)
     try:
-        assert (code, out) == (130, ""), text
-        assert "interrupted" in rest
+        assert code == 130, text
+        assert "interrupted" in text
         assert "Traceback" not in text
         assert engine.image(tag) is None
         assert (_dangling(engine), _containers()) == before
@@ -352,6 +356,43 @@ def _grow(folder: Path, size: int) -> None:
 
     noise = np.random.default_rng(time.time_ns()).integers(0, 255, size, dtype=np.uint8)
     save_file({"noise": noise}, folder / "model.safetensors")
+
+
+def _interrupt_at(words: str, *arguments: str) -> tuple[int, str]:
+    """Run the command, send Ctrl-C when a line of its output starts with `words`; exit code and stderr."""
+    command = [str(Path(sys.executable).parent / "coldstart"), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = []
+        for line in process.stderr:
+            seen.append(line)
+            if line.strip().startswith(words):
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+        return process.wait(60), "".join(seen) + rest
+
+
+def test_ctrl_c_while_quantizing_leaves_nothing(model: str, base: str, tmp_path: Path) -> None:
+    cache = Path(os.environ["COLDSTART_CACHE"])
+    copy = tmp_path / f"copy-{time.time_ns()}"  # another name, so that no earlier result fits
+    shutil.copytree(model, copy)
+    before = sorted(path.name for path in (cache / "quantized").iterdir() if path.is_dir())
+    code, text = _interrupt_at("Quantizing to AWQ", "build", str(copy), "--base", base, "--quantize", "awq")
+    assert code == 130, text
+    assert "Traceback" not in text
+    assert sorted(path.name for path in (cache / "quantized").iterdir() if path.is_dir()) == before
+    jobs = subprocess.run(["pgrep", "-f", "awq_job.py"], capture_output=True, text=True, check=False)
+    assert jobs.stdout == ""
+
+
+def test_ctrl_c_while_benchmarking_leaves_no_container(plain: Any, tmp_path: Path) -> None:
+    before = _containers()
+    path = tmp_path / "bench.json"
+    code, text = _interrupt_at("Benchmark …", "bench", plain["tag"], "--json", str(path))
+    assert code == 130, text
+    assert "Traceback" not in text
+    assert _containers() == before
 
 
 def test_bench_times_both_images_and_keeps_raw_samples(plain: Any, awq: Any, tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ start() {
   command -v iptables >/dev/null || missing+=(iptables)
   command -v curl >/dev/null || missing+=(curl)
   if ((${#missing[@]})); then
-    install_packages "${missing[@]}"
+    install_packages "${missing[@]}" 9>&- # it may start a service, which would keep the lock
     # Where an init system runs, installing the package starts its service.
     for ((i = 0; i < 10; i++)); do
       if answers "$DEFAULT"; then

@@ -33,9 +33,9 @@ make_model() {
   [[ -f $MODEL/config.json ]] && return
   say "making the model (needs the quantizer's environment, about 1.5 GB)"
   local python gguf
-  python=$("$PYTHON" -c 'from builder.build import cache_folder; from builder.quantize import environment
+  python=$("$PYTHON" -c 'from builder.build import cache_folder; from builder.quantize import ensure_environment
 from builder.console import ConsoleReporter; from rich.console import Console
-print(environment(cache_folder(), ConsoleReporter(Console(stderr=True))))')
+print(ensure_environment(cache_folder(), ConsoleReporter(Console(stderr=True))))')
   gguf=$(mktemp -d)
   "$python" -m pip install --quiet --no-deps --target "$gguf" gguf >&2
   PYTHONPATH=$gguf "$python" "$HERE/smollm2.py" "$(dirname "$MODEL")" >&2

@@ -361,13 +361,13 @@ def test_environment_is_made_once_and_an_unfinished_one_is_replaced(
     unfinished = environment_folder(cache) / "lib" / "half"
     unfinished.mkdir(parents=True)
     first = RecordingReporter()
-    python = quantize._ensure_environment(cache, first)
+    python = quantize.ensure_environment(cache, first)
     assert not unfinished.exists()
     assert not (tmp_path / "elsewhere").exists()
     assert "virtual environment" in first.details
     subprocess.run([python, "-I", "-c", "import stand_in; assert stand_in.VALUE == 41"], check=True)
     second = RecordingReporter()
-    assert quantize._ensure_environment(cache, second) == python
+    assert quantize.ensure_environment(cache, second) == python
     assert second.tasks == []
 
 
@@ -376,7 +376,7 @@ def test_environment_that_cannot_be_installed_shows_pips_log_and_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", (str(tmp_path / "missing-1.0-py3-none-any.whl"),))
     with pytest.raises(BuildError, match="cannot install the quantizer") as failed:
-        quantize._ensure_environment(cache, SilentReporter())
+        quantize.ensure_environment(cache, SilentReporter())
     assert "missing-1.0" in failed.value.log
     assert not environment_folder(cache).exists()
 

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+
+from builder import build, hub
+from builder.errors import HostError, InputError
+from builder.probe import parse_base_facts, parser_complaint
+
+_Usage = namedtuple("_Usage", "total used free")
+
+
+def test_full_disk_is_told_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(10**12, 10**12 - 2 * 10**9, 2 * 10**9))
+    build.require_space(str(tmp_path), 10**8)
+    with pytest.raises(HostError, match=r"needs 3.1 GB.*2.0 GB free"):
+        build.require_space(str(tmp_path), 2 * 10**9)
+
+
+def test_disk_of_a_remote_engine_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(1, 1, 0))
+    build.require_space(str(tmp_path / "not-on-this-machine"), 10**12)
+
+
+def test_full_disk_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(10**12, 10**12 - 10**9, 10**9))
+    hub.require_space(tmp_path / "not" / "there" / "yet", 10**8)
+    with pytest.raises(HostError, match="HF_HOME"):
+        hub.require_space(tmp_path / "not" / "there" / "yet", 10**10)
+
+
+def test_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("COLDSTART_CACHE", str(tmp_path))
+    assert build.cache_folder() == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("output", "words"),
+    [
+        ("", "no usable python3"),
+        ("exec: python3: not found", "no usable python3"),
+        ('{"python": [3, 8], "vllm": "0.32.0"}', "Python 3.8"),
+        ('{"python": [3, 12], "vllm": null}', "no vLLM"),
+        ('{"python": 3}', "no usable python3"),
+    ],
+)
+def test_base_that_cannot_serve_is_refused(output: str, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        parse_base_facts("base:1", output)
+
+
+def test_base_facts_are_the_last_line() -> None:
+    facts = parse_base_facts("base:1", 'warning: x\n{"python": [3, 12], "vllm": "0.32.0"}\n')
+    assert (facts.python, facts.vllm) == ((3, 12), "0.32.0")
+
+
+def test_complaint_is_the_line_that_says_why() -> None:
+    output = "INFO loading\nvllm: error: argument --max-model-len: invalid int value: 'x'\n"
+    assert parser_complaint(output) == "argument --max-model-len: invalid int value: 'x'"
+    assert parser_complaint("boom") == "boom"
