@@ -3,8 +3,8 @@
     python -I awq_job.py JOB.json
 
 The job file names `model` and `output` (folders) and `recipe` (the fields of AwqRecipe). CUDA is used where
-there is a GPU. Progress goes to stdout, one JSON object a line, {"progress": 0..1, "detail": "layer 3 of 30"},
-and everything that a library prints to stderr. Exit code 0 means that `output` is complete.
+there is a GPU. Progress goes to stdout as JSON lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and
+everything that a library prints goes to stderr. Exit code 0 means that `output` is complete.
 """
 
 from __future__ import annotations

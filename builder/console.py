@@ -118,4 +118,5 @@ def _plain(reporter: ConsoleReporter, title: str, total: int | None, unit: str) 
     task = _PlainTask(reporter, title, total, unit)
     reporter.note(f"{title} …")
     yield task
+    task.detail("")
     reporter.note(f"{title}: {task.summary()}")

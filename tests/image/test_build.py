@@ -382,7 +382,8 @@ def test_ctrl_c_while_quantizing_leaves_nothing(model: str, base: str, tmp_path:
     assert code == 130, text
     assert "Traceback" not in text
     assert sorted(path.name for path in (cache / "quantized").iterdir() if path.is_dir()) == before
-    jobs = subprocess.run(["pgrep", "-f", "awq_job.py"], capture_output=True, text=True, check=False)
+    ours = f"awq_job.py {cache}"
+    jobs = subprocess.run(["pgrep", "-f", ours], capture_output=True, text=True, check=False)
     assert jobs.stdout == ""
 
 
