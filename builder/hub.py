@@ -30,8 +30,7 @@ def download(
     assert ref.repo is not None
     repo = ref.repo
     if hub.HF_HUB_OFFLINE:
-        root = _call(ref, lambda: snapshot_download(repo, revision=ref.revision, local_files_only=True))
-        return Path(root), Path(root).name
+        return _cached(ref, repo)
     reporter.step(f"Resolving {ref.repo} on the hub")
     info = _call(ref, lambda: HfApi().model_info(repo, revision=ref.revision, files_metadata=True))
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
@@ -44,12 +43,27 @@ def download(
             ref,
             lambda: snapshot_download(
                 repo,
-                revision=info.sha,
+                revision=ref.revision,  # by its name, so that the client can find it again offline
                 allow_patterns=[_literal(name) for name in wanted],
                 tqdm_class=_forwarding_bar(task),
             ),
         )
+    if Path(root).name != info.sha:
+        raise ModelError(
+            f"{ref.repo} changed while it was downloaded", fix="Run again, or give a commit with --revision."
+        )
     return Path(root), str(info.sha)
+
+
+def _cached(ref: ModelRef, repo: str) -> tuple[Path, str]:
+    """The snapshot in the local cache. Whether it is whole is for the check of the shards to say."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(repo, "config.json", revision=ref.revision)
+    if not isinstance(config, str):
+        raise _unreachable(ref)
+    folder = Path(config).parent
+    return folder, folder.name
 
 
 def _literal(name: str) -> str:
@@ -58,19 +72,17 @@ def _literal(name: str) -> str:
 
 
 def _forwarding_bar(task: Task) -> Any:
-    from tqdm.auto import tqdm
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    class Bar(tqdm[Any]):
-        """Shows nothing itself; the bytes of all files go into the one total."""
+    class Bar(tqdm):
+        """Shows nothing itself; the client's one bar of bytes on the disk feeds the task."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["disable"] = True
-            self._is_bytes = kwargs.get("unit") == "B"
-            kwargs.pop("name", None)
-            super().__init__(*args, **kwargs)
+            self._total_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> None:
-            if self._is_bytes and n:
+            if self._total_bytes and n:
                 task.advance(int(n))
 
     return Bar
@@ -90,19 +102,14 @@ def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
             f"{ref.repo} has no revision {ref.revision!r}", fix="Give a branch, a tag or a commit of it."
         ) from None
     except errors.RepositoryNotFoundError:
-        raise ModelError(
-            f"{ref.repo} is not on the hub, or is private",
-            why="The hub answered 401 or 404.",
-            fix="Check the name; for a private model set HF_TOKEN or run `hf auth login`.",
-        ) from None
+        raise _not_found(ref) from None
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError):
-        raise ModelError(
-            f"{where} is not in the local hub cache, and the hub is out of reach",
-            fix="Check the network, unset HF_HUB_OFFLINE, or give a folder that has the model.",
-        ) from None
+        raise _unreachable(ref) from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else "no"
-        fix = _LOGIN if status in (401, 403) else "Try again later."
+        if status in (401, 404):
+            raise _not_found(ref) from None
+        fix = _LOGIN if status == 403 else "Try again later."
         raise ModelError(f"cannot get {where}", why=f"The hub answered {status}.", fix=fix) from None
     except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise ModelError(
@@ -110,6 +117,22 @@ def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
             why=f"{type(error).__name__}: {error}.",
             fix="Check the network or HF_ENDPOINT, or give a folder that has the model.",
         ) from None
+
+
+def _unreachable(ref: ModelRef) -> ModelError:
+    return ModelError(
+        f"{ref.repo} is not in the local hub cache, and the hub is out of reach",
+        fix="Check the network, unset HF_HUB_OFFLINE, or give a folder that has the model.",
+    )
+
+
+def _not_found(ref: ModelRef) -> ModelError:
+    """The hub answers the same for a name that does not exist and for one that the caller may not see."""
+    return ModelError(
+        f"{ref.repo} is not on the hub, or is private",
+        why="The hub answered 401 or 404.",
+        fix="Check the name; for a private model set HF_TOKEN or run `hf auth login`.",
+    )
 
 
 def require_space(cache: Path, needed: int) -> None:

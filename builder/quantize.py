@@ -187,8 +187,13 @@ def _input_features(config: Mapping[str, Any], architecture: str) -> dict[str, i
 
 
 def result_digest(lock: ModelLock, recipe: AwqRecipe) -> str:
-    """sha256 (hex) of what a result is made from: the lock, the recipe and the quantizer's releases."""
-    made_from = {"lock": lock.digest, "recipe": asdict(recipe), "requirements": QUANTIZER_REQUIREMENTS}
+    """sha256 (hex) of what a result is made from: lock, recipe, the quantizer's releases, its job."""
+    made_from = {
+        "lock": lock.digest,
+        "recipe": asdict(recipe),
+        "requirements": QUANTIZER_REQUIREMENTS,
+        "job": hashlib.sha256(_JOB.read_bytes()).hexdigest(),
+    }
     return hashlib.sha256(_canonical(made_from)).hexdigest()
 
 

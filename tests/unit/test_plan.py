@@ -43,14 +43,15 @@ def test_weights_tag_depends_on_base_and_lock_only() -> None:
 
 def test_cpu_and_gpu_differ_in_data_only() -> None:
     cpu, gpu = plan("cpu"), plan("cuda")
-    assert cpu.engine_args == ("--enforce-eager",)
+    assert cpu.engine_args[0] == "--enforce-eager"
     assert gpu.engine_args == ()
     assert set(dict(cpu.environment)) - set(dict(gpu.environment)) == {"VLLM_ENABLE_V1_MULTIPROCESSING"}
     assert (cpu.weights.layers, cpu.model_path) == (gpu.weights.layers, gpu.model_path)
 
 
 def test_user_arguments_come_after_the_defaults() -> None:
-    assert plan(engine_args=("--no-enforce-eager",)).engine_args == ("--enforce-eager", "--no-enforce-eager")
+    defaults = plan().engine_args
+    assert plan(engine_args=("--no-enforce-eager",)).engine_args == (*defaults, "--no-enforce-eager")
 
 
 def test_manifest_carries_the_whole_lock() -> None:

@@ -1,0 +1,89 @@
+"""The real, unmodified hub client against a hub on loopback, through `coldstart plan --json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hub import COMMIT, Hub, serve
+from tests.models import write_model
+
+REPO = "org/tiny-model"
+TOKEN = "hf_" + "x" * 34
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    folder = write_model(tmp_path / "repository", shards=2)
+    (folder / "pytorch_model.bin").write_bytes(b"a second format")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(b"a third")
+    with serve(REPO, folder) as served:
+        yield served
+
+
+def _plan(hub: Hub, home: Path, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "DOCKER_HOST": "unix:///no/engine.sock"}
+    return subprocess.run(
+        [sys.executable, "-m", "builder.cli", "plan", *(arguments or (REPO,)), "--json"],
+        env={**os.environ, **env, **environ},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_branch_becomes_a_commit_and_only_what_serving_needs_comes(hub: Hub, tmp_path: Path) -> None:
+    done = _plan(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    model = json.loads(done.stdout)["manifest"]["model"]
+    assert (model["source"], model["revision"], model["license"]) == (f"hf://{REPO}", COMMIT, "apache-2.0")
+    assert (model["served_name"], model["path"]) == (REPO, "/models/tiny-model")
+    names = {file["path"] for file in model["files"]}
+    assert names == {
+        *("config.json", "tokenizer.json", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    }
+    fetched = {request for request in hub.requests if request.startswith("GET") and "/resolve/" in request}
+    assert not any("pytorch_model.bin" in request or "original" in request for request in fetched)
+
+
+def test_second_time_fetches_nothing_and_offline_works(hub: Hub, tmp_path: Path) -> None:
+    first = _plan(hub, tmp_path)
+    hub.requests.clear()
+    again = _plan(hub, tmp_path)
+    assert again.stdout == first.stdout
+    assert not any(request.startswith("GET") and "/resolve/" in request for request in hub.requests)
+    hub.requests.clear()
+    offline = _plan(hub, tmp_path, HF_HUB_OFFLINE="1")
+    assert offline.returncode == 0, offline.stderr
+    assert json.loads(offline.stdout)["manifest"]["model"]["revision"] == COMMIT
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("statuses", "arguments", "words"),
+    [
+        ({}, ("org/other",), "is not on the hub, or is private"),
+        ({}, (f"{REPO}@nope",), "has no revision 'nope'"),
+        ({"/api/": (403, "GatedRepo")}, (REPO,), "is gated"),
+        ({"/api/": (401, "")}, (REPO,), "is not on the hub, or is private"),
+        ({"/org/": (403, "GatedRepo")}, (REPO,), "is gated"),
+        ({"/api/": (500, "")}, (REPO,), "The hub answered 500"),
+    ],
+)
+def test_refusals_are_told_apart(
+    hub: Hub, tmp_path: Path, statuses: dict[str, tuple[int, str]], arguments: tuple[str, ...], words: str
+) -> None:
+    hub.statuses.update(statuses)
+    done = _plan(hub, tmp_path, *arguments, HF_TOKEN=TOKEN)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert TOKEN not in done.stderr
