@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from builder import context, render
+from builder.base_cpu import CpuBase
 from builder.errors import BuildError
 from builder.models import LockedFile
 from builder.plan import BaseImage, make_plan
@@ -31,6 +33,19 @@ def test_dockerfile_is_the_golden_one(device: str, name: str) -> None:
     if os.environ.get("COLDSTART_UPDATE_GOLDEN"):
         golden.write_text(rendered.dockerfile)
     assert rendered.dockerfile == golden.read_text()
+
+
+@pytest.mark.parametrize("extras", [False, True])
+def test_cpu_base_dockerfile_is_the_golden_one(extras: bool) -> None:
+    text = render.render_base_cpu(
+        base=CpuBase("debian:12", "0.32.0", "2.13.0", has_wheels=extras, has_ca=extras)
+    )
+    golden = GOLDEN / f"base-cpu{'-extras' if extras else ''}.Dockerfile"
+    if os.environ.get("COLDSTART_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+    # A backslash that is not the line's last character would escape a blank instead of joining lines.
+    assert not re.search(r"\\[ \t]", text)
 
 
 def test_missing_variable_is_an_error() -> None:
