@@ -28,8 +28,14 @@ check: $(VENV)/.made
 demo: $(VENV)/.made
 	tests/testbed/demo.sh
 
-demo-clean:
+demo-bench: $(VENV)/.made
+	$(TESTBED) benchmarks/suite.sh
+
+clean:
 	tests/testbed/clean.sh
+
+bench: $(VENV)/.made
+	$(TESTBED) benchmarks/suite.sh
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

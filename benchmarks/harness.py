@@ -11,16 +11,15 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from http.client import HTTPConnection, HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
-from socket import socket
 from typing import Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks import client
 from benchmarks.schema import BenchResult, ImageFacts, Machine, Run, Workload
 from builder.errors import ColdstartError, InputError, VerifyError
 from builder.report import Reporter, Task
@@ -43,9 +42,7 @@ _POLL_BUSY_SHARE = 0.2
 _LIVENESS_SECONDS = 0.5  # asking the engine costs it CPU that the start needs
 _REQUEST_SECONDS = 5.0
 _EXIT_NOTICE_SECONDS = 1.0
-_MAX_ANSWER_BYTES = 1 << 20
 _LOG_LINES = 40
-_QUOTE_CHARACTERS = 200
 
 # What only a client sees both ends of; a runtime that reports these too is not believed.
 _CLIENT_PHASES = frozenset({Phase.CONTAINER_START, Phase.FIRST_TOKEN})
@@ -283,7 +280,7 @@ class _Bench:
             return
         try:
             model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task)
-            sample.first_token_at, sample.answer = _complete(port, model, self.workload, deadline)
+            sample.first_token_at, sample.answer = client.complete(port, model, self.workload, deadline)
         except ColdstartError as error:
             _fail(container, sample, error)
         # Asked for last, so that the question does not delay the token; also of a run that failed, because
@@ -374,13 +371,13 @@ def _wait_ready(
             told = waited
             task.detail(f"waiting for /v1/models, {waited} s")
         try:
-            reply = _get(port, "/v1/models", min(_REQUEST_SECONDS, deadline - polled_at))
+            reply = client.get(port, "/v1/models", min(_REQUEST_SECONDS, deadline - polled_at))
         except (OSError, HTTPException) as error:
             if time.monotonic() < deadline:  # a poll that our own deadline cut short says nothing
-                seen = _describe(error)
+                seen = client.describe(error)
         else:
             if reply.status == 200:
-                return _model_name(reply.body), reply.at
+                return client.model_name(reply.body), reply.at
             seen = f"GET /v1/models answered {reply.status}"
             _refuse_locked(reply.status)
         _pause(time.monotonic() - polled_at)
@@ -407,25 +404,6 @@ def _refuse_locked(status: int) -> None:
         )
 
 
-class _Model(BaseModel):
-    id: str
-
-
-class _ModelList(BaseModel):
-    data: tuple[_Model, ...] = Field(min_length=1)
-
-
-def _model_name(body: bytes) -> str:
-    try:
-        return _ModelList.model_validate_json(body).data[0].id
-    except ValueError as error:
-        raise VerifyError(
-            "GET /v1/models answered 200, but without a model list.",
-            why=f"It answered {_quote(body)}.",
-            fix="Check that the image serves the OpenAI API.",
-        ) from error
-
-
 class _Startup(BaseModel):
     """The runtime's answer at /startup. Further fields are welcome; a wrong type in a known one is not."""
 
@@ -439,10 +417,10 @@ class _Startup(BaseModel):
 def _read_startup(port: int, sample: _Sample) -> None:
     """Fills in the runtime's own phases. An image that reports none is an ordinary case, not a failure."""
     try:
-        reply = _get(port, "/startup", _REQUEST_SECONDS)
+        reply = client.get(port, "/startup", _REQUEST_SECONDS)
     except (OSError, HTTPException) as error:
         if sample.ready_at is not None:
-            sample.warnings.append(f"GET /startup failed: {_describe(error)}")
+            sample.warnings.append(f"GET /startup failed: {client.describe(error)}")
         return
     if reply.status == 404:
         return
@@ -468,127 +446,3 @@ def _accept(report: _Startup, sample: _Sample, read_at: float) -> None:
         sample.warnings.append("GET /startup reports a phase that ends before it starts")
         return
     sample.started, sample.reported = started, events
-
-
-class _Choice(BaseModel):
-    text: str
-
-
-class _Chunk(BaseModel):
-    choices: tuple[_Choice, ...]
-
-
-def _complete(port: int, model: str, workload: Workload, deadline: float) -> tuple[float, str]:
-    """Streams one completion: when its first token arrived (seconds since the Unix epoch), and its text."""
-    payload = _CompletionRequest(model=model, **workload.model_dump()).model_dump_json().encode()
-    try:
-        with _exchange(port, "POST", "/v1/completions", deadline, payload) as (status, blocks):
-            if status != 200:
-                raise ValueError(f"it answered {status}: {_quote(b''.join(blocks))}")
-            return _read_tokens(blocks)
-    except (OSError, HTTPException, ValueError) as error:
-        raise VerifyError(
-            "POST /v1/completions gave no complete answer.",
-            why=f"{_describe(error)}.",
-            fix="Read the container's log.",
-        ) from error
-
-
-class _CompletionRequest(Workload):
-    model: str
-    stream: Literal[True] = True
-
-
-def _read_tokens(blocks: Iterator[bytes]) -> tuple[float, str]:
-    """ValueError for anything but server-sent completion chunks, ConnectionError when [DONE] is missing."""
-    first, texts = None, []
-    for at, data in _event_data(blocks):
-        if data == b"[DONE]":
-            if first is None:
-                raise ValueError("the stream ended without a token")
-            return first, "".join(texts)
-        try:
-            choices = _Chunk.model_validate_json(data).choices
-        except ValueError:
-            raise ValueError(f"the stream holds {_quote(data)}") from None
-        if choices and first is None:
-            # A token counts although its text may be empty so far: half a character, or a special token.
-            first = at
-        texts += [choice.text for choice in choices]
-    raise ConnectionError("the stream ended early, without [DONE]")
-
-
-def _event_data(blocks: Iterator[bytes]) -> Iterator[tuple[float, bytes]]:
-    """(arrival, payload) of each `data:` line. OpenAI servers put a payload on one line."""
-    rest = b""
-    for block in blocks:
-        at = now()
-        *lines, rest = (rest + block).split(b"\n")
-        for line in lines:
-            if line.startswith(b"data:"):
-                yield at, line.removeprefix(b"data:").strip()
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    status: int
-    body: bytes
-    at: float
-
-
-def _get(port: int, path: str, timeout: float) -> _Reply:
-    with _exchange(port, "GET", path, time.monotonic() + timeout) as (status, blocks):
-        body = b"".join(blocks)
-        return _Reply(status, body, now())
-
-
-@contextmanager
-def _exchange(
-    port: int, method: str, path: str, deadline: float, payload: bytes | None = None
-) -> Iterator[tuple[int, Iterator[bytes]]]:
-    """One request on a connection of its own: (status, body blocks as they arrive).
-
-    A kept connection would stay with the process that accepted it, and the runtime hands its socket over.
-    Raises OSError or HTTPException, TimeoutError once `deadline` (monotonic) is past.
-    """
-    connection = HTTPConnection("127.0.0.1", port, timeout=_left(deadline))
-    try:
-        connection.connect()
-        # http.client forgets the socket once the response owns it.
-        stream: socket = connection.sock
-        headers = {"Connection": "close"} | ({"Content-Type": "application/json"} if payload else {})
-        connection.request(method, path, body=payload, headers=headers)
-        with connection.getresponse() as response:
-            yield response.status, _blocks(response, stream, deadline)
-    finally:
-        connection.close()
-
-
-def _blocks(response: HTTPResponse, stream: socket, deadline: float) -> Iterator[bytes]:
-    size = 0
-    while True:
-        stream.settimeout(_left(deadline))
-        block = response.read1(1 << 16)
-        if not block:
-            return
-        size += len(block)
-        if size > _MAX_ANSWER_BYTES:
-            raise HTTPException(f"an answer of more than {_MAX_ANSWER_BYTES} bytes")
-        yield block
-
-
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError("timed out")
-    return left
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, ValueError):
-        return str(error)
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-
-
-def _quote(body: bytes) -> str:
-    return repr(body[:_QUOTE_CHARACTERS].decode(errors="replace"))

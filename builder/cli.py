@@ -347,9 +347,10 @@ class _Interrupted(BaseException):
     """Ctrl-C or SIGTERM. Not KeyboardInterrupt, which the CLI library turns into exit code 1."""
 
 
-def _interrupt(number: int, _: object) -> None:
-    # A second Ctrl-C must not cut the clean-up of the first.
-    signal.signal(number, signal.SIG_IGN)
+def _interrupt(*_: object) -> None:
+    # The first one cleans up; who cannot wait for that sends another.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     raise _Interrupted
 
 
@@ -365,8 +366,8 @@ def main() -> None:
         _show(error)
         sys.exit(error.exit_code)
     except _Interrupted:
-        print("interrupted; nothing half-made was kept", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        print("interrupted; what was finished is kept for the next time", file=sys.stderr, flush=True)
+        os._exit(EXIT_INTERRUPTED)  # a download's threads would finish their files first
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are the client's own business;
 
 from __future__ import annotations
 
+import queue
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -88,13 +90,30 @@ def _forwarding_bar(task: Task) -> Any:
     return Bar
 
 
+def _interruptible(function: Callable[[], Any]) -> Any:
+    """Call in a thread that is left behind on Ctrl-C: the client waits for whole files otherwise."""
+    outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((True, function()))
+        except Exception as error:
+            outcome.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    ok, value = outcome.get()
+    if not ok:
+        raise value
+    return value
+
+
 def _call(ref: ModelRef, function: Callable[[], Any]) -> Any:
     """Run a hub call and turn its errors into ours. The client's messages name no token."""
     from huggingface_hub import errors
 
     where = f"{ref.repo}@{ref.revision}" if ref.revision else str(ref.repo)
     try:
-        return function()
+        return _interruptible(function)
     except errors.GatedRepoError:
         raise ModelError(f"{where} is gated", why="The hub answered 403.", fix=_LOGIN) from None
     except errors.RevisionNotFoundError:

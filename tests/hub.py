@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -25,6 +26,7 @@ class Hub:
     def __init__(self, repo: str, folder: Path) -> None:
         self.repo, self.folder = repo, folder
         self.statuses: dict[str, tuple[int, str]] = {}
+        self.stalled = threading.Event()  # set: bodies of weights never come to their end
         self.requests: list[str] = []
         self.url = ""
 
@@ -74,11 +76,27 @@ class _Handler(BaseHTTPRequestHandler):
         prefix = f"/{hub.repo}/resolve/"
         if path.startswith(prefix):
             name = path.removeprefix(prefix).split("/", 1)[1]
+            if name in hub.files() and hub.stalled.is_set() and name.endswith(_LFS_SUFFIXES):
+                return self._stall(name)
             if name in hub.files():
                 headers = {"ETag": f'"{hub.etag(name)}"', "X-Repo-Commit": COMMIT}
                 return self._send(200, (hub.folder / name).read_bytes(), headers)
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+    def _stall(self, name: str) -> None:
+        data = (self.hub.folder / name).read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{self.hub.etag(name)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data[:10])
+            self.wfile.flush()
+            while self.hub.stalled.is_set():
+                time.sleep(0.1)
+        self.close_connection = True
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -102,6 +120,7 @@ def serve(repo: str, folder: Path) -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.stalled.clear()
         server.shutdown()
         thread.join()
         server.server_close()

@@ -43,13 +43,20 @@ print(ensure_environment(cache_folder(), ConsoleReporter(Console(stderr=True))))
 }
 
 make_base() {
-  local tag=$1 debian ca
-  [[ -z $(docker image ls -q "$tag") ]] || return 0
+  local tag=$1 debian ca recipe stamp=$COLDSTART_CACHE/base-cpu.recipe
+  # A base made by an older recipe would hide what is wrong with this one.
+  recipe=$(cat "$ROOT/templates/base-cpu.Dockerfile.j2" "$ROOT/builder/base_cpu.py" | sha256sum)
+  if [[ -n $(docker image ls -q "$tag") && $(cat "$stamp" 2>/dev/null) == "$recipe" ]]; then
+    return
+  fi
+  # Weights images of the old base would keep its gigabytes on the disk.
+  docker images --format '{{.Repository}}:{{.Tag}}' | grep '^coldstart/weights:' | xargs -r docker rmi >/dev/null || true
   debian=$("$HERE/debian-image.sh")
   # The CPU build of torch is a local version that only some indexes carry; pip here knows where.
   "$PYTHON" -m pip download --quiet --no-deps torch==2.13.0 --dest "$COLDSTART_CACHE/wheels" >&2
   ca=$(ca_bundle)
   "$ROOT/.venv/bin/coldstart" base cpu --from "$debian" --wheels "$COLDSTART_CACHE/wheels" ${ca:+--ca "$ca"} >&2
+  echo "$recipe" >"$stamp"
 }
 
 "$HERE/engine.sh" status >/dev/null 2>&1 || started=yes

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -65,6 +67,23 @@ def test_second_time_fetches_nothing_and_offline_works(hub: Hub, tmp_path: Path)
     assert offline.returncode == 0, offline.stderr
     assert json.loads(offline.stdout)["manifest"]["model"]["revision"] == COMMIT
     assert hub.requests == []
+
+
+def test_ctrl_c_does_not_wait_for_the_file_under_way(hub: Hub, tmp_path: Path) -> None:
+    hub.stalled.set()
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "DOCKER_HOST": "unix:///no/engine.sock"}
+    command = [sys.executable, "-m", "builder.cli", "plan", REPO]
+    with subprocess.Popen(command, env={**os.environ, **env}, stderr=subprocess.PIPE, text=True) as process:
+        while not any(request.endswith(".safetensors") for request in list(hub.requests)):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)  # the file itself would never end
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert "Traceback" not in err
+    hub.stalled.clear()
+    assert _plan(hub, tmp_path).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""PID 1's side of the port, over real sockets: well-formed, broken, slow and vanishing clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from runtime.front import Front
+from runtime.lifecycle import Lifecycle, State
+from runtime.supervisor import _bind
+
+
+async def _exchange(port: int, request: bytes, *, half_close: bool = False) -> bytes:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(request)
+    if half_close:
+        writer.write_eof()
+    answer = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    return answer
+
+
+def _with_front(scenario: Callable[[Front, Lifecycle, int, socket.socket], Awaitable[None]]) -> None:
+    async def run() -> None:
+        with _bind("127.0.0.1", 0) as listener:
+            lifecycle = Lifecycle(started=0.0)
+            front = Front(listener, lifecycle)
+            await front.open()
+            await scenario(front, lifecycle, listener.getsockname()[1], listener)
+            await front.close()
+
+    asyncio.run(run())
+
+
+def _body(answer: bytes) -> bytes:
+    return answer.split(b"\r\n\r\n", 1)[1]
+
+
+def test_probe_is_answered_and_the_connection_closed() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+        answer = await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"connection: close" in answer
+        assert json.loads(_body(answer))["status"] == "starting"
+        lifecycle.move(State.FAILED, "broken")
+        answer = await _exchange(port, b"GET /health?x=1 HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+
+    _with_front(scenario)
+
+
+def test_request_with_a_large_body_gets_its_503() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+        body = b"x" * 3_000_000
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+        answer = await _exchange(port, head + body)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"retry-after: 1" in answer
+        assert json.loads(_body(answer))["error"]["code"] == "starting"
+
+    _with_front(scenario)
+
+
+def test_head_has_no_body() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+        answer = await _exchange(port, b"HEAD /ready HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert _body(answer) == b""
+
+    _with_front(scenario)
+
+
+@pytest.mark.parametrize(
+    "request_bytes", [b"\x16\x03\x01\x02\x00garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n"]
+)
+def test_what_is_not_http_gets_400_and_harms_nobody(request_bytes: bytes) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+        answer = await _exchange(port, request_bytes, half_close=True)
+        assert answer.startswith(b"HTTP/1.1 400 ")
+        assert (await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(
+            b"HTTP/1.1 200 "
+        )
+
+    _with_front(scenario)
+
+
+def test_client_that_leaves_or_says_nothing_harms_nobody() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+        assert await _exchange(port, b"", half_close=True) == b""
+        _, silent = await asyncio.open_connection("127.0.0.1", port)
+        assert (await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(
+            b"HTTP/1.1 200 "
+        )
+        silent.close()
+
+    _with_front(scenario)
+
+
+def test_connection_that_comes_between_the_two_servers_waits_and_is_served() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        await front.close()  # nobody accepts now; the kernel does
+        pending = asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+        await asyncio.sleep(0.2)
+        assert not pending.done()
+        heir = Front(listener, lifecycle)  # as the engine does, on the same socket
+        await heir.open()
+        assert (await pending).startswith(b"HTTP/1.1 200 ")
+        await heir.close()
+
+    _with_front(scenario)
