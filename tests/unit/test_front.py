@@ -41,7 +41,7 @@ def _body(answer: bytes) -> bytes:
 
 
 def test_probe_is_answered_and_the_connection_closed() -> None:
-    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         answer = await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"connection: close" in answer
@@ -54,7 +54,7 @@ def test_probe_is_answered_and_the_connection_closed() -> None:
 
 
 def test_request_with_a_large_body_gets_its_503() -> None:
-    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         body = b"x" * 3_000_000
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
         answer = await _exchange(port, head + body)
@@ -66,7 +66,7 @@ def test_request_with_a_large_body_gets_its_503() -> None:
 
 
 def test_head_has_no_body() -> None:
-    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         answer = await _exchange(port, b"HEAD /ready HTTP/1.1\r\nHost: x\r\n\r\n")
         assert answer.startswith(b"HTTP/1.1 503 ")
         assert _body(answer) == b""
@@ -78,7 +78,7 @@ def test_head_has_no_body() -> None:
     "request_bytes", [b"\x16\x03\x01\x02\x00garbage\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/9\r\n\r\n"]
 )
 def test_what_is_not_http_gets_400_and_harms_nobody(request_bytes: bytes) -> None:
-    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         answer = await _exchange(port, request_bytes, half_close=True)
         assert answer.startswith(b"HTTP/1.1 400 ")
         assert (await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(
@@ -89,7 +89,7 @@ def test_what_is_not_http_gets_400_and_harms_nobody(request_bytes: bytes) -> Non
 
 
 def test_client_that_leaves_or_says_nothing_harms_nobody() -> None:
-    async def scenario(front: Front, lifecycle: Lifecycle, port: int, _: socket.socket) -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         assert await _exchange(port, b"", half_close=True) == b""
         _, silent = await asyncio.open_connection("127.0.0.1", port)
         assert (await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(
