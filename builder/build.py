@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from builder import models, render
+from builder import lockfile, models, render
 from builder.errors import HostError
 from builder.plan import BaseImage, BuildPlan, make_plan
 from builder.report import Reporter
@@ -53,9 +53,33 @@ def cache_folder() -> Path:
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coldstart", appauthor=False))
 
 
-def prepare_model(spec: ImageSpec, reporter: Reporter) -> models.ModelSnapshot:
-    """The snapshot that the image will carry: resolved, checked, and quantized where asked for."""
-    snapshot = models.resolve(models.parse_ref(spec.model, spec.revision), reporter)
+def resolve_model(
+    spec: ImageSpec, reporter: Reporter, *, lock_path: Path | None = None, locked: bool = False
+) -> models.ModelSnapshot:
+    """The model as named, at the commit that the lock file holds; the lock is written where there is none.
+
+    locked: raise InputError where the lock is missing, stale, or not of these files.
+    """
+    lock = (
+        lockfile.require_locked(spec, lock_path)
+        if locked
+        else lockfile.read(lock_path)
+        if lock_path
+        else None
+    )
+    pinned = lockfile.pinned(spec, lock)
+    snapshot = models.resolve(models.parse_ref(pinned.model, pinned.revision), reporter)
+    if locked and lock:
+        lockfile.require_same(lock, snapshot.lock)
+    elif lock_path:
+        lockfile.write(lock_path, spec, snapshot.lock)
+    return snapshot
+
+
+def quantize_model(
+    spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
+) -> models.ModelSnapshot:
+    """The snapshot that the image will carry: quantized where asked for, else the same."""
     if spec.quantize is None:
         return snapshot
     from builder.quantize import choose_recipe, quantize_awq
@@ -87,9 +111,20 @@ def inspect_base(spec: ImageSpec, engine: DockerEngine, reporter: Reporter) -> B
     return base
 
 
-def build(spec: ImageSpec, engine: DockerEngine, reporter: Reporter, *, push: bool) -> BuiltImage:
+def build(
+    spec: ImageSpec,
+    engine: DockerEngine,
+    reporter: Reporter,
+    *,
+    push: bool,
+    lock_path: Path | None = None,
+    locked: bool = False,
+) -> BuiltImage:
+    if locked:
+        lockfile.require_locked(spec, lock_path)
     base = inspect_base(spec, engine, reporter)  # first: a wrong base or flag should not cost a download
-    snapshot = prepare_model(spec, reporter)
+    snapshot = resolve_model(spec, reporter, lock_path=lock_path, locked=locked)
+    snapshot = quantize_model(spec, snapshot, reporter)
     plan = make_plan(spec, snapshot.lock, base)
     weights = engine.image(plan.weights.tag)
     reused = weights is not None and weights.labels.get("dev.coldstart.weights.key") == plan.weights.key

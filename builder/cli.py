@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -73,6 +74,9 @@ def build(
     served_model_name: ServedName = None,
     file: SpecFile = None,
     push: Annotated[bool, typer.Option("--push", help="Push the image when it is built.")] = False,
+    locked: Annotated[
+        bool, typer.Option("--locked", help="Refuse what is not as in coldstart.lock.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Build the image of a model."""
@@ -80,10 +84,17 @@ def build(
     if push and not spec.tag:
         raise InputError("--push needs a tag", fix="Give -t REGISTRY/NAME:TAG.")
     from builder import build as pipeline
+    from builder import lockfile
     from builder.docker_engine import DockerEngine
 
-    reporter = _reporter()
-    built = pipeline.build(spec, DockerEngine(), reporter, push=push)
+    built = pipeline.build(
+        spec,
+        DockerEngine(),
+        _reporter(),
+        push=push,
+        lock_path=lockfile.beside(file),
+        locked=locked,
+    )
     if as_json:
         typer.echo(json.dumps(built.to_json()))
     else:
@@ -105,11 +116,11 @@ def plan(
 ) -> None:
     """Show what would be in the image. Nothing is built; needs no Docker Engine."""
     spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
-    made, quantized_later = _plan_without_building(spec, _reporter())
+    made = _plan_without_building(spec, file, _reporter())
     if as_json:
-        typer.echo(json.dumps(_plan_json(made, quantized_later)))
+        typer.echo(json.dumps(_plan_json(made)))
         return
-    _print_plan(made, quantized_later)
+    _print_plan(made)
 
 
 @app.command()
@@ -130,11 +141,13 @@ def render(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not an empty folder", fix="Give a new folder.")
     from builder import build as pipeline
+    from builder import lockfile
     from builder.plan import make_plan
     from builder.rendered_folder import write
 
     reporter = _reporter()
-    snapshot = pipeline.prepare_model(spec, reporter)
+    snapshot = pipeline.resolve_model(spec, reporter, lock_path=lockfile.beside(file))
+    snapshot = pipeline.quantize_model(spec, snapshot, reporter)
     made = make_plan(spec, snapshot.lock, _known_base(spec, reporter))
     write(made, snapshot.root, output)
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
@@ -266,14 +279,24 @@ def _known_base(spec: ImageSpec, reporter: ConsoleReporter) -> Any:
     return pipeline.inspect_base(spec, engine, reporter)
 
 
-def _plan_without_building(spec: ImageSpec, reporter: ConsoleReporter) -> tuple[BuildPlan, str | None]:
-    """The plan, and what quantization would still change about it (a plan does not quantize)."""
+@dataclass(frozen=True)
+class _Planned:
+    """A plan; what quantization would still change about it (planning does not quantize); and the drift."""
+
+    plan: BuildPlan
+    quantize_first: str | None
+    drift: str | None
+
+
+def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: ConsoleReporter) -> _Planned:
     from builder import build as pipeline
-    from builder import models
+    from builder import lockfile, models
     from builder.plan import make_plan
 
     base = _known_base(spec, reporter)
     snapshot = models.resolve(models.parse_ref(spec.model, spec.revision), reporter)
+    path = lockfile.beside(file)
+    drift = lockfile.drift(spec, lockfile.read(path), snapshot.lock).value if path else None
     later = None
     if spec.quantize:
         from builder.quantize import choose_recipe, finished_result
@@ -284,14 +307,16 @@ def _plan_without_building(spec: ImageSpec, reporter: ConsoleReporter) -> tuple[
             snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)
         else:
             later = f"awq int4 g{recipe.group_size}"
-    return make_plan(spec, snapshot.lock, base), later
+    return _Planned(make_plan(spec, snapshot.lock, base), later, drift)
 
 
-def _plan_json(made: BuildPlan, quantized_later: str | None) -> dict[str, Any]:
+def _plan_json(planned: _Planned) -> dict[str, Any]:
+    made = planned.plan
     return {
         "tag": made.tag,
-        "weights_image": made.weights.tag if not quantized_later else None,
-        "quantize_first": quantized_later,
+        "weights_image": made.weights.tag if not planned.quantize_first else None,
+        "quantize_first": planned.quantize_first,
+        "drift": planned.drift,
         "layers": [
             {"target": layer.target, "bytes": layer.bytes, "files": [f.path for f in layer.files]}
             for layer in made.weights.layers
@@ -303,7 +328,8 @@ def _plan_json(made: BuildPlan, quantized_later: str | None) -> dict[str, Any]:
     }
 
 
-def _print_plan(made: BuildPlan, quantized_later: str | None) -> None:
+def _print_plan(planned: _Planned) -> None:
+    made, quantized_later = planned.plan, planned.quantize_first
     from rich.filesize import decimal as size
 
     typer.echo(f"image            {made.tag}")
@@ -311,6 +337,8 @@ def _print_plan(made: BuildPlan, quantized_later: str | None) -> None:
         f"base             {made.base.reference} ({made.base.device}, vLLM {made.base.vllm_version or '?'})"
     )
     typer.echo(f"model            {made.lock.name} from {made.lock.source}, sha256:{made.lock.digest[:16]}")
+    if planned.drift:
+        typer.echo(f"coldstart.lock   {planned.drift}")
     typer.echo(f"served as        {made.served_model_name}")
     typer.echo(f"quantization     {made.lock.quantization or 'none'}")
     if quantized_later:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -21,14 +22,29 @@ _LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
 
 
 class Hub:
-    """One repository at one commit. statuses: path prefix -> HTTP status to answer instead."""
+    """One repository. statuses: path prefix -> HTTP status and error code to answer instead."""
 
     def __init__(self, repo: str, folder: Path) -> None:
         self.repo, self.folder = repo, folder
+        self.commits = {COMMIT: folder}
+        self.main = COMMIT
         self.statuses: dict[str, tuple[int, str]] = {}
         self.stalled = threading.Event()  # set: bodies of weights never come to their end
         self.requests: list[str] = []
         self.url = ""
+
+    def push(self, commit: str, folder: Path) -> None:
+        """`main` moves on to `commit`; the one before stays."""
+        self.commits[commit] = folder
+        self.main = commit
+
+    def at(self, revision: str) -> tuple[str, Hub] | None:
+        """The commit that a revision names, and a view of the repository there."""
+        commit = self.main if revision == "main" else revision
+        if commit not in self.commits:
+            return None
+        view = Hub(self.repo, self.commits[commit])
+        return commit, view
 
     def files(self) -> list[str]:
         return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
@@ -63,31 +79,42 @@ class _Handler(BaseHTTPRequestHandler):
         for prefix, (status, code) in hub.statuses.items():
             if path.startswith(prefix):
                 return self._send(status, b"{}", {"X-Error-Code": code} if code else {})
-        api = f"/api/models/{hub.repo}"
-        if path.startswith(api + "/tree/"):
-            return self._send(200, json.dumps([hub.entry(name) for name in hub.files()]).encode())
-        if path == api or path.startswith(api + "/revision/"):
-            revision = path.removeprefix(api).removeprefix("/revision/") or "main"
-            if revision not in ("main", COMMIT):
-                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            info = {"id": hub.repo, "sha": COMMIT, "private": False, "tags": [], "downloads": 0}
-            info["siblings"] = [hub.entry(name) for name in hub.files()]
-            return self._send(200, json.dumps(info).encode())
-        prefix = f"/{hub.repo}/resolve/"
-        if path.startswith(prefix):
-            name = path.removeprefix(prefix).split("/", 1)[1]
-            if name in hub.files() and hub.stalled.is_set() and name.endswith(_LFS_SUFFIXES):
-                return self._stall(name)
-            if name in hub.files():
-                headers = {"ETag": f'"{hub.etag(name)}"', "X-Repo-Commit": COMMIT}
-                return self._send(200, (hub.folder / name).read_bytes(), headers)
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        found = re.fullmatch(
+            rf"/api/models/{re.escape(hub.repo)}(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+))?(?:/.*)?",
+            path,
+        )
+        if found:
+            return self._api(found["kind"], found["revision"] or "main")
+        found = re.fullmatch(rf"/{re.escape(hub.repo)}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", path)
+        if found:
+            return self._file(found["revision"], found["name"])
         return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
 
-    def _stall(self, name: str) -> None:
-        data = (self.hub.folder / name).read_bytes()
+    def _api(self, kind: str | None, revision: str) -> None:
+        at = self.hub.at(revision)
+        if at is None:
+            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        commit, view = at
+        entries = [view.entry(name) for name in view.files()]
+        if kind == "tree":
+            return self._send(200, json.dumps(entries).encode())
+        info = {"id": view.repo, "sha": commit, "private": False, "tags": [], "downloads": 0}
+        return self._send(200, json.dumps({**info, "siblings": entries}).encode())
+
+    def _file(self, revision: str, name: str) -> None:
+        at = self.hub.at(revision)
+        if at is None or name not in at[1].files():
+            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        commit, view = at
+        if self.hub.stalled.is_set() and name.endswith(_LFS_SUFFIXES):
+            return self._stall(view, name)
+        headers = {"ETag": f'"{view.etag(name)}"', "X-Repo-Commit": commit}
+        return self._send(200, (view.folder / name).read_bytes(), headers)
+
+    def _stall(self, view: Hub, name: str) -> None:
+        data = (view.folder / name).read_bytes()
         self.send_response(200)
-        self.send_header("ETag", f'"{self.hub.etag(name)}"')
+        self.send_header("ETag", f'"{view.etag(name)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

@@ -42,6 +42,21 @@ print(ensure_environment(cache_folder(), ConsoleReporter(Console(stderr=True))))
   rm -rf "$gguf"
 }
 
+# A real registry, unpacked only: installing the package would start it as a service.
+make_registry() {
+  local folder=$COLDSTART_CACHE/registry
+  PATH=$PATH:$folder/usr/bin
+  command -v docker-registry >/dev/null && return
+  say "unpacking a registry from the system's packages"
+  mkdir -p "$folder"
+  (
+    cd "$folder"
+    apt-get download -qq docker-registry 2>/dev/null || { apt-get update -qq && apt-get download -qq docker-registry; }
+    dpkg -x docker-registry_*.deb .
+    rm docker-registry_*.deb
+  ) >&2
+}
+
 make_base() {
   local tag=$1 debian ca recipe stamp=$COLDSTART_CACHE/base-cpu.recipe
   # A base made by an older recipe would hide what is wrong with this one.
@@ -66,5 +81,6 @@ COLDSTART_TEST_BASE=$("$PYTHON" -c 'from builder.spec import CPU_BASE; print(CPU
 export COLDSTART_TEST_BASE
 make_base "$COLDSTART_TEST_BASE"
 make_model
+make_registry
 export COLDSTART_TEST_MODEL=$MODEL
 "$@"

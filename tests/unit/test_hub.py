@@ -69,6 +69,30 @@ def test_second_time_fetches_nothing_and_offline_works(hub: Hub, tmp_path: Path)
     assert hub.requests == []
 
 
+def test_branch_is_followed_once_and_its_drift_is_shown(hub: Hub, tmp_path: Path) -> None:
+    spec = tmp_path / "coldstart.yaml"
+    spec.write_text(f"model: {REPO}@main\n")
+    env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "DOCKER_HOST": "unix:///no/engine.sock"}
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-m", "builder.cli", *arguments, "-f", str(spec)],
+            env={**os.environ, **env},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    assert json.loads(run("plan", "--json"))["drift"] == "new"
+    run("render", "-o", str(tmp_path / "first"))
+    assert json.loads(run("plan", "--json"))["drift"] == "unchanged"
+    hub.push("f" * 40, write_model(tmp_path / "next"))
+    assert json.loads(run("plan", "--json"))["drift"] == "upstream changed"
+    run("render", "-o", str(tmp_path / "second"))
+    first, second = ((tmp_path / name / "weights" / "Dockerfile").read_text() for name in ("first", "second"))
+    assert first == second
+
+
 def test_ctrl_c_does_not_wait_for_the_file_under_way(hub: Hub, tmp_path: Path) -> None:
     hub.stalled.set()
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "DOCKER_HOST": "unix:///no/engine.sock"}

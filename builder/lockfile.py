@@ -1,0 +1,144 @@
+"""coldstart.lock: what a request for a model was resolved to, beside the coldstart.yaml that makes it."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from builder import __version__
+from builder.errors import InputError
+from builder.models import ModelLock
+from builder.spec import ImageSpec
+
+NAME = "coldstart.lock"
+SCHEMA = 1
+
+
+class Drift(StrEnum):
+    """How a build of now would differ from the lock."""
+
+    NEW = "new"
+    UNCHANGED = "unchanged"
+    CONFIGURATION_CHANGED = "configuration changed"
+    UPSTREAM_CHANGED = "upstream changed"
+
+
+class Request(BaseModel):
+    """What the user asked for, as far as it decides the files of the model."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str
+    revision: str | None
+
+    @classmethod
+    def of(cls, spec: ImageSpec) -> Request:
+        # A folder is named relative to the file, so that the lock is the same on every machine.
+        path = Path(spec.model)
+        return cls(model=path.name if path.is_dir() else spec.model, revision=spec.revision)
+
+
+class LockFile(BaseModel):
+    """Canonical: writing the same content twice gives the same bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA
+    coldstart_version: str = __version__
+    request: Request
+    model: ModelLock
+
+    def to_bytes(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
+
+
+def beside(spec_file: Path | None) -> Path | None:
+    """Where the lock of this spec file is; builds from flags alone have none."""
+    return spec_file.with_name(NAME) if spec_file else None
+
+
+def read(path: Path) -> LockFile | None:
+    """None when there is none. Raises InputError when it is damaged or of another schema."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:
+        lock = LockFile.model_validate_json(data)
+    except ValidationError as error:
+        raise InputError(
+            f"{path} is damaged",
+            why=str(error.errors()[0]["msg"]),
+            fix="Delete it and build without --locked.",
+        ) from None
+    if lock.schema_version != SCHEMA:
+        raise InputError(
+            f"{path} has schema {lock.schema_version}, this coldstart reads {SCHEMA}",
+            fix="Delete it and build without --locked.",
+        )
+    return lock
+
+
+def write(path: Path, spec: ImageSpec, model: ModelLock) -> None:
+    """Atomically, and only when the content differs, so that the file's time says when it changed."""
+    content = LockFile(request=Request.of(spec), model=model).to_bytes()
+    if path.exists() and path.read_bytes() == content:
+        return
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def pinned(spec: ImageSpec, lock: LockFile | None) -> ImageSpec:
+    """The spec at the locked commit: the branch was followed once, when the lock was written."""
+    if lock is None or lock.request != Request.of(spec) or lock.model.revision is None:
+        return spec
+    name = spec.model.rsplit("@", 1)[0]
+    return spec.model_copy(update={"model": name, "revision": lock.model.revision})
+
+
+def require_locked(spec: ImageSpec, path: Path | None) -> LockFile:
+    """For `--locked`. Raises InputError when there is no lock or it is of another request."""
+    if path is None:
+        raise InputError("--locked needs a coldstart.yaml", fix="Give it with -f; its lock is beside it.")
+    lock = read(path)
+    if lock is None:
+        raise InputError(f"{path} does not exist", fix="Build once without --locked, and commit the file.")
+    if lock.request != Request.of(spec):
+        raise InputError(
+            f"{path} is stale",
+            why=f"It locks {_name(lock.request)}, and {_name(Request.of(spec))} is asked for.",
+            fix="Build without --locked to lock anew.",
+        )
+    return lock
+
+
+def require_same(lock: LockFile, found: ModelLock) -> None:
+    """For `--locked`. Raises InputError naming the first file that is not what was locked."""
+    if lock.model == found:
+        return
+    locked = {file.path: file for file in lock.model.files}
+    here = {file.path: file for file in found.files}
+    names = sorted(set(locked) ^ set(here)) or [p for p in sorted(locked) if locked[p] != here[p]]
+    what = f"{names[0]} is not what was locked" if names else "what config.json says was locked differently"
+    raise InputError(
+        f"the model differs from its lock: {what}",
+        fix="Restore the model, or build without --locked to lock anew.",
+    )
+
+
+def drift(spec: ImageSpec, lock: LockFile | None, found: ModelLock) -> Drift:
+    """found: the model as it is now at the branch, tag or folder that the spec names."""
+    if lock is None:
+        return Drift.NEW
+    if lock.request != Request.of(spec):
+        return Drift.CONFIGURATION_CHANGED
+    return Drift.UNCHANGED if lock.model == found else Drift.UPSTREAM_CHANGED
+
+
+def _name(request: Request) -> str:
+    return f"{request.model}@{request.revision}" if request.revision else request.model

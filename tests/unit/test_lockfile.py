@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from builder import build, lockfile
+from builder.errors import InputError
+from builder.lockfile import Drift
+from builder.models import ModelSnapshot
+from builder.report import SilentReporter
+from builder.spec import ImageSpec, load_spec
+from tests.models import write_model
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    write_model(tmp_path / "model", shards=2)
+    path = tmp_path / "coldstart.yaml"
+    path.write_text("model: model\n")
+    return path
+
+
+def _resolve(path: Path, locked: bool = False) -> ModelSnapshot:
+    spec, lock = load_spec(path, {}), lockfile.beside(path)
+    return build.resolve_model(spec, SilentReporter(), lock_path=lock, locked=locked)
+
+
+def _drift(path: Path) -> Drift:
+    spec, lock = load_spec(path, {}), path.with_name("coldstart.lock")
+    found = build.resolve_model(spec, SilentReporter()).lock
+    return lockfile.drift(spec, lockfile.read(lock), found)
+
+
+def test_lock_is_written_once_and_the_same(spec_file: Path) -> None:
+    assert _drift(spec_file) is Drift.NEW
+    _resolve(spec_file)
+    lock = spec_file.with_name("coldstart.lock")
+    first, time = lock.read_bytes(), lock.stat().st_mtime_ns
+    _resolve(spec_file)
+    assert (lock.read_bytes(), lock.stat().st_mtime_ns) == (first, time)
+    assert str(spec_file.parent).encode() not in first  # no path of this machine
+    assert _drift(spec_file) is Drift.UNCHANGED
+    _resolve(spec_file, locked=True)
+
+
+def test_locked_refuses_a_missing_or_stale_lock_and_a_changed_model(spec_file: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        _resolve(spec_file, locked=True)
+    with pytest.raises(InputError, match="needs a coldstart.yaml"):
+        build.resolve_model(ImageSpec(model="org/a"), SilentReporter(), lock_path=None, locked=True)
+    _resolve(spec_file)
+    lock = spec_file.with_name("coldstart.lock").read_bytes()
+    (spec_file.parent / "model" / "tokenizer.json").write_text("{ }")
+    assert _drift(spec_file) is Drift.UPSTREAM_CHANGED
+    with pytest.raises(InputError, match="tokenizer.json is not what was locked"):
+        _resolve(spec_file, locked=True)
+    write_model(spec_file.parent / "other")
+    spec_file.write_text("model: other\n")
+    assert _drift(spec_file) is Drift.CONFIGURATION_CHANGED
+    with pytest.raises(InputError, match="is stale"):
+        _resolve(spec_file, locked=True)
+    assert spec_file.with_name("coldstart.lock").read_bytes() == lock  # a refusal changes nothing
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"schema_version": 9}'])
+def test_damaged_lock_is_told(spec_file: Path, content: bytes) -> None:
+    spec_file.with_name("coldstart.lock").write_bytes(content)
+    with pytest.raises(InputError, match="is damaged"):
+        _resolve(spec_file)
+
+
+def test_branch_is_followed_once(spec_file: Path) -> None:
+    locked = _resolve(spec_file).lock.model_copy(update={"revision": "c" * 40, "source": "hf://org/a"})
+    spec = ImageSpec(model="org/a@main")
+    lock = lockfile.LockFile(request=lockfile.Request.of(spec), model=locked)
+    pinned = lockfile.pinned(spec, lock)
+    assert (pinned.model, pinned.revision) == ("org/a", "c" * 40)
+    assert lockfile.pinned(ImageSpec(model="org/b"), lock).revision is None
