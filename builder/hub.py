@@ -8,7 +8,8 @@ from __future__ import annotations
 import queue
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,22 @@ from builder.report import Reporter, Task
 _LOGIN = "Accept the terms on the model's page, then set HF_TOKEN or run `hf auth login`."
 
 
-def download(
-    ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], reporter: Reporter
-) -> tuple[Path, str]:
-    """Fetch the files that `choose` keeps, at one commit. Returns the folder and the commit SHA.
+@dataclass(frozen=True)
+class Fetched:
+    """A snapshot in the hub's cache. digests: path -> what the hub says of it, "sha256:…" or "git:…"."""
+
+    root: Path
+    commit: str
+    digests: Mapping[str, str]
+
+    def discard(self, path: str) -> None:
+        """Remove one file from the cache, so that the next download fetches it again."""
+        (self.root / path).resolve().unlink(missing_ok=True)
+        (self.root / path).unlink(missing_ok=True)
+
+
+def download(ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], reporter: Reporter) -> Fetched:
+    """Fetch the files that `choose` keeps, at one commit.
 
     Finished files are reused; a file that a kill cut starts again. Raises ModelError or HostError.
     """
@@ -54,10 +67,17 @@ def download(
         raise ModelError(
             f"{ref.repo} changed while it was downloaded", fix="Run again, or give a commit with --revision."
         )
-    return Path(root), str(info.sha)
+    digests = {sibling.rfilename: _digest(sibling) for sibling in info.siblings or []}
+    return Fetched(Path(root), str(info.sha), {name: d for name, d in digests.items() if d})
 
 
-def _cached(ref: ModelRef, repo: str) -> tuple[Path, str]:
+def _digest(sibling: Any) -> str:
+    if sibling.lfs is not None:
+        return f"sha256:{sibling.lfs.sha256}"
+    return f"git:{sibling.blob_id}" if sibling.blob_id else ""
+
+
+def _cached(ref: ModelRef, repo: str) -> Fetched:
     """The snapshot in the local cache. Whether it is whole is for the check of the shards to say."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -65,7 +85,7 @@ def _cached(ref: ModelRef, repo: str) -> tuple[Path, str]:
     if not isinstance(config, str):
         raise _unreachable(ref)
     folder = Path(config).parent
-    return folder, folder.name
+    return Fetched(folder, folder.name, {})
 
 
 def _literal(name: str) -> str:

@@ -116,11 +116,44 @@ def resolve(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
     """Pin the model and have its files here, checked. Raises ModelError."""
     if ref.folder is not None:
         return _snapshot(ref.folder, name=ref.folder.name, source="folder", revision=None, reporter=reporter)
+    return _resolve_hub(ref, reporter)
+
+
+def _resolve_hub(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
+    """Download, and fetch once more what does not have the bytes that the hub says it has."""
     from builder.hub import download
 
-    root, revision = download(ref, _wanted_paths, reporter)
     assert ref.repo is not None
-    return _snapshot(root, name=ref.repo, source=f"hf://{ref.repo}", revision=revision, reporter=reporter)
+    for attempt in (1, 2):
+        fetched = download(ref, _wanted_paths, reporter)
+        try:
+            return _snapshot(
+                fetched.root,
+                name=ref.repo,
+                source=f"hf://{ref.repo}",
+                revision=fetched.commit,
+                reporter=reporter,
+                expected=fetched.digests,
+            )
+        except _DamagedError as damaged:
+            if attempt == 2:
+                raise ModelError(
+                    f"{damaged.paths[0]} of {ref.repo} arrived damaged twice",
+                    why="Its digest is not the hub's.",
+                    fix="Check the disk and any proxy in between, then run again.",
+                ) from None
+            for path in damaged.paths:
+                reporter.note(f"{path} is not what the hub has; fetching it again")
+                fetched.discard(path)
+    raise AssertionError("the loop returns or raises")
+
+
+class _DamagedError(Exception):
+    """Files whose bytes are not what the hub says."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+        super().__init__(", ".join(paths))
 
 
 def snapshot_of_folder(root: Path, origin: ModelLock, reporter: Reporter) -> ModelSnapshot:
@@ -132,21 +165,25 @@ def snapshot_of_folder(root: Path, origin: ModelLock, reporter: Reporter) -> Mod
 
 
 def _snapshot(
-    root: Path, *, name: str, source: str, revision: str | None, reporter: Reporter
+    root: Path,
+    *,
+    name: str,
+    source: str,
+    revision: str | None,
+    reporter: Reporter,
+    expected: Mapping[str, str] | None = None,
 ) -> ModelSnapshot:
-    config = _read_config(root)
     paths = _wanted_paths(_relative_files(root))
+    files = []
+    if expected:  # first of all, or a byte that the way here flipped would pass for the model's own fault
+        files = _hash_files(root, paths, reporter)
+        damaged = [file.path for file in files if not _as_expected(root, file, expected.get(file.path))]
+        if damaged:
+            raise _DamagedError(damaged)
+    config = _read_config(root)
     _require_safetensors(root, paths)
     _check_shards(root, paths)
-    sizes = {path: (root / path).stat().st_size for path in paths}
-    files = []
-    with reporter.task("Checking the model's files", sum(sizes.values())) as task:
-        for path in paths:
-            digest = hashlib.sha256()
-            for chunk in _chunks(root / path):
-                digest.update(chunk)
-                task.advance(len(chunk))
-            files.append(LockedFile(path=path, size=sizes[path], sha256=digest.hexdigest()))
+    files = files or _hash_files(root, paths, reporter)
     dtype = config.get("dtype") or config.get("torch_dtype")
     lock = ModelLock(
         name=name,
@@ -159,6 +196,32 @@ def _snapshot(
         files=tuple(files),
     )
     return ModelSnapshot(lock, root)
+
+
+def _hash_files(root: Path, paths: Sequence[str], reporter: Reporter) -> list[LockedFile]:
+    sizes = {path: (root / path).stat().st_size for path in paths}
+    files = []
+    with reporter.task("Checking the model's files", sum(sizes.values())) as task:
+        for path in paths:
+            digest = hashlib.sha256()
+            for chunk in _chunks(root / path):
+                digest.update(chunk)
+                task.advance(len(chunk))
+            files.append(LockedFile(path=path, size=sizes[path], sha256=digest.hexdigest()))
+    return files
+
+
+def _as_expected(root: Path, file: LockedFile, digest: str | None) -> bool:
+    """digest: "sha256:…", "git:…" (the id of git's blob, for files that the hub keeps in git), or None."""
+    if digest is None:
+        return True
+    kind, _, value = digest.partition(":")
+    if kind == "sha256":
+        return file.sha256 == value
+    blob = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    for chunk in _chunks(root / file.path):
+        blob.update(chunk)
+    return blob.hexdigest() == value
 
 
 def _read_config(root: Path) -> dict[str, Any]:

@@ -93,6 +93,30 @@ def test_branch_is_followed_once_and_its_drift_is_shown(hub: Hub, tmp_path: Path
     assert first == second
 
 
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_flipped_byte_is_found_and_that_file_fetched_again(hub: Hub, tmp_path: Path, name: str) -> None:
+    first = _plan(hub, tmp_path)
+    [cached] = (tmp_path / "hf").rglob(f"snapshots/*/{name}")
+    data = bytearray(cached.read_bytes())
+    data[-1] ^= 1
+    cached.resolve().write_bytes(data)
+    hub.requests.clear()
+    again = _plan(hub, tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == first.stdout
+    assert f"{name} is not what the hub has" in again.stderr
+    assert {request for request in hub.requests if request.startswith("GET") and "/resolve/" in request} == {
+        f"GET /{REPO}/resolve/{COMMIT}/{name}"
+    }
+
+
+def test_file_that_arrives_damaged_every_time_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.lies = {"tokenizer.json": b"[]"}
+    done = _plan(hub, tmp_path)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "tokenizer.json of org/tiny-model arrived damaged twice" in done.stderr
+
+
 def test_ctrl_c_does_not_wait_for_the_file_under_way(hub: Hub, tmp_path: Path) -> None:
     hub.stalled.set()
     env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "DOCKER_HOST": "unix:///no/engine.sock"}
