@@ -2,9 +2,10 @@
 
     python -I awq_job.py JOB.json
 
-The job file names `model` and `output` (folders) and `recipe` (the fields of AwqRecipe). CUDA is used where
-there is a GPU. Progress goes to stdout as JSON lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and
-everything that a library prints goes to stderr. Exit code 0 means that `output` is complete.
+The job file names `model` and `output` (folders), `recipe` (the fields of AwqRecipe) and, where the user
+gave one, `calibration` (texts and chats). CUDA is used where there is a GPU. Progress goes to stdout as JSON
+lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
+Exit code 0 means that `output` is complete.
 """
 
 from __future__ import annotations
@@ -163,6 +164,24 @@ def calibration_blocks(
     return [stream[i : i + tokens] for i in range(0, wanted, tokens)]
 
 
+def document_blocks(tokenizer: Any, documents: list[Any], *, samples: int, tokens: int) -> list[list[int]]:
+    """At most `samples` blocks of exactly `tokens` token ids, cut from the user's texts and chats in turn."""
+    stream: list[int] = []
+    for document in documents:
+        if isinstance(document, str):
+            stream.extend(tokenizer(document)["input_ids"])
+        else:
+            stream.extend(
+                tokenizer.apply_chat_template(document, tokenize=True, return_dict=True)["input_ids"]
+            )
+        if len(stream) >= samples * tokens:
+            break
+    blocks = [stream[i : i + tokens] for i in range(0, len(stream) - tokens + 1, tokens)]
+    if not blocks:
+        raise SystemExit(f"The calibration file has {len(stream)} tokens; one block needs {tokens}.")
+    return blocks[:samples]
+
+
 def apply_awq(
     model: Any, tokenizer: Any, blocks: list[list[int]], recipe: dict[str, Any], report: Report
 ) -> None:
@@ -227,16 +246,15 @@ def main(job_file: str) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
-    model.to(_generation_device(model))
-    blocks = calibration_blocks(
-        model,
-        tokenizer,
-        samples=recipe["calibration_samples"],
-        tokens=recipe["calibration_tokens"],
-        seed=recipe["seed"],
-        report=part(0.05, 0.25),
-    )
-    model.to("cpu")  # llm-compressor itself moves one layer at a time to the accelerator
+    samples, tokens = recipe["calibration_samples"], recipe["calibration_tokens"]
+    if job.get("calibration"):
+        blocks = document_blocks(tokenizer, job["calibration"], samples=samples, tokens=tokens)
+    else:
+        model.to(_generation_device(model))
+        blocks = calibration_blocks(
+            model, tokenizer, samples=samples, tokens=tokens, seed=recipe["seed"], report=part(0.05, 0.25)
+        )
+        model.to("cpu")  # llm-compressor itself moves one layer at a time to the accelerator
     apply_awq(model, tokenizer, blocks, recipe, part(0.25, 0.97))
 
     report(0.97, "writing the weights")

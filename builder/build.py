@@ -19,7 +19,9 @@ from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
 
 if TYPE_CHECKING:
+    from builder.calibration import Calibration
     from builder.docker_engine import DockerEngine
+    from builder.quantize import AwqRecipe
 
 # Besides the weights: the runtime's layers, the engine's own bookkeeping, and some air.
 _SPARE_BYTES = 1 << 30
@@ -68,7 +70,9 @@ def resolve_model(
         else None
     )
     pinned = lockfile.pinned(spec, lock)
-    snapshot = models.resolve(models.parse_ref(pinned.model, pinned.revision), reporter)
+    snapshot = models.resolve(
+        models.parse_ref(pinned.model, pinned.revision), reporter, models.Choice(spec.include, spec.exclude)
+    )
     if locked and lock:
         lockfile.require_same(lock, snapshot.lock)
     elif lock_path:
@@ -82,16 +86,33 @@ def quantize_model(
     """The snapshot that the image will carry: quantized where asked for, else the same."""
     if spec.quantize is None:
         return snapshot
-    from builder.quantize import choose_recipe, quantize_awq
+    from builder.quantize import quantize_awq
 
-    recipe = choose_recipe(snapshot.config)
+    recipe, documents = choose_quantization(spec, snapshot)
     form = "symmetric" if recipe.symmetric else "asymmetric"
     reporter.step(f"Quantizing to AWQ: int4, groups of {recipe.group_size}, {form}")
-    folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter)
+    folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter, calibration=documents)
     quantized = models.snapshot_of_folder(folder, snapshot.lock, reporter)
     before, after = snapshot.lock.total_bytes, quantized.lock.total_bytes
     reporter.note(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB")
     return quantized
+
+
+def choose_quantization(
+    spec: ImageSpec, snapshot: models.ModelSnapshot
+) -> tuple[AwqRecipe, Calibration | None]:
+    """The recipe that the model's shapes and the spec ask for. Raises ModelError or InputError."""
+    from builder import calibration
+    from builder.quantize import choose_recipe
+
+    documents = calibration.read(Path(spec.calibration)) if spec.calibration else None
+    recipe = choose_recipe(
+        snapshot.config,
+        samples=spec.calibration_samples,
+        tokens=spec.calibration_tokens,
+        calibration=documents,
+    )
+    return recipe, documents
 
 
 def guess_base(spec: ImageSpec) -> BaseImage:

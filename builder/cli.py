@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,13 +44,88 @@ EngineArguments = Annotated[
     typer.Argument(help="vLLM's own arguments, after `--`.", metavar="[-- ENGINE ARGUMENTS]"),
 ]
 Quantize = Annotated[str | None, typer.Option(help="Quantize the weights: awq.")]
+Calibration = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: .jsonl of texts or chats, or .txt; default: the model's answers."
+    ),
+]
+CalibrationSamples = Annotated[int | None, typer.Option(help="Blocks of calibration text [16].")]
+CalibrationTokens = Annotated[int | None, typer.Option(help="Tokens in each block [256].")]
 Tag = Annotated[str | None, typer.Option("--tag", "-t", help="Name of the image.")]
 Base = Annotated[str | None, typer.Option(help="Base image with vLLM; default vllm/vllm-openai, pinned.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub model.")]
 Platform = Annotated[str | None, typer.Option(help="Target platform, e.g. linux/amd64.")]
+Include = Annotated[
+    list[str] | None, typer.Option(help="Take only files that match; may be repeated, e.g. 'model-*'.")
+]
+Exclude = Annotated[list[str] | None, typer.Option(help="Leave out files that match; may be repeated.")]
 ServedName = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", help="coldstart.yaml; flags win over it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+def _request(
+    model: ModelArgument = None,
+    engine_args: EngineArguments = None,
+    quantize: Quantize = None,
+    calibration: Calibration = None,
+    calibration_samples: CalibrationSamples = None,
+    calibration_tokens: CalibrationTokens = None,
+    tag: Tag = None,
+    base: Base = None,
+    revision: Revision = None,
+    platform: Platform = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    served_model_name: ServedName = None,
+    file: SpecFile = None,
+) -> tuple[ImageSpec, Path | None]:
+    """What build, plan and render are asked for, alike in all three."""
+    from builder.spec import load_spec
+
+    flags = {
+        "model": model,
+        "engine_args": tuple(engine_args or ()),
+        "quantize": quantize,
+        "calibration": calibration,
+        "calibration_samples": calibration_samples,
+        "calibration_tokens": calibration_tokens,
+        "tag": tag,
+        "base": base,
+        "revision": revision,
+        "platform": platform,
+        "include": tuple(include or ()),
+        "exclude": tuple(exclude or ()),
+        "served_model_name": served_model_name,
+    }
+    return load_spec(file, flags), file
+
+
+def _takes_a_spec(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command `_request`'s parameters in place of its own `spec` and `file`."""
+    hints = {**_hints(command), **_hints(_request)}
+    shared = inspect.signature(_request).parameters
+    own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("spec", "file")]
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        spec, file = _request(**{name: values.pop(name) for name in shared})
+        command(spec, file, **values)
+
+    parameters = [
+        parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for parameter in (*shared.values(), *own)
+    ]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return wrapper
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Parameter annotations, evaluated; without ImageSpec, which is imported only where it is needed."""
+    wanted = {name: hint for name, hint in function.__annotations__.items() if name not in ("spec", "return")}
+    return {name: eval(hint, globals()) for name, hint in wanted.items()}  # noqa: S307 - our own annotations
 
 
 @app.callback(invoke_without_command=True)
@@ -63,16 +141,10 @@ def _root(
 
 
 @app.command()
+@_takes_a_spec
 def build(
-    model: ModelArgument = None,
-    engine_args: EngineArguments = None,
-    quantize: Quantize = None,
-    tag: Tag = None,
-    base: Base = None,
-    revision: Revision = None,
-    platform: Platform = None,
-    served_model_name: ServedName = None,
-    file: SpecFile = None,
+    spec: ImageSpec,
+    file: Path | None,
     push: Annotated[bool, typer.Option("--push", help="Push the image when it is built.")] = False,
     locked: Annotated[
         bool, typer.Option("--locked", help="Refuse what is not as in coldstart.lock.")
@@ -80,7 +152,6 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Build the image of a model."""
-    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
     if push and not spec.tag:
         raise InputError("--push needs a tag", fix="Give -t REGISTRY/NAME:TAG.")
     from builder import build as pipeline
@@ -102,20 +173,13 @@ def build(
 
 
 @app.command()
+@_takes_a_spec
 def plan(
-    model: ModelArgument = None,
-    engine_args: EngineArguments = None,
-    quantize: Quantize = None,
-    tag: Tag = None,
-    base: Base = None,
-    revision: Revision = None,
-    platform: Platform = None,
-    served_model_name: ServedName = None,
-    file: SpecFile = None,
+    spec: ImageSpec,
+    file: Path | None,
     as_json: Json = False,
 ) -> None:
     """Show what would be in the image. Nothing is built; needs no Docker Engine."""
-    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
     made = _plan_without_building(spec, file, _reporter())
     if as_json:
         typer.echo(json.dumps(_plan_json(made)))
@@ -124,20 +188,13 @@ def plan(
 
 
 @app.command()
+@_takes_a_spec
 def render(
+    spec: ImageSpec,
+    file: Path | None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must be new or empty.")],
-    model: ModelArgument = None,
-    engine_args: EngineArguments = None,
-    quantize: Quantize = None,
-    tag: Tag = None,
-    base: Base = None,
-    revision: Revision = None,
-    platform: Platform = None,
-    served_model_name: ServedName = None,
-    file: SpecFile = None,
 ) -> None:
     """Write the Dockerfiles and their contexts, for plain `docker build`."""
-    spec = _spec(file, model, engine_args, quantize, tag, base, revision, platform, served_model_name)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output} is not an empty folder", fix="Give a new folder.")
     from builder import build as pipeline
@@ -236,32 +293,6 @@ def base_cpu(
     typer.echo(f"{name} {image}")
 
 
-def _spec(
-    file: Path | None,
-    model: str | None,
-    engine_args: list[str] | None,
-    quantize: str | None,
-    tag: str | None,
-    base: str | None,
-    revision: str | None,
-    platform: str | None,
-    served_model_name: str | None,
-) -> ImageSpec:
-    from builder.spec import load_spec
-
-    flags = {
-        "model": model,
-        "engine_args": tuple(engine_args or ()),
-        "quantize": quantize,
-        "tag": tag,
-        "base": base,
-        "revision": revision,
-        "platform": platform,
-        "served_model_name": served_model_name,
-    }
-    return load_spec(file, flags)
-
-
 def _known_base(spec: ImageSpec, reporter: ConsoleReporter) -> Any:
     """The base as an engine that answers and has it sees it, else as its name suggests."""
     from builder import build as pipeline
@@ -294,14 +325,14 @@ def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: Console
     from builder.plan import make_plan
 
     base = _known_base(spec, reporter)
-    snapshot = models.resolve(models.parse_ref(spec.model, spec.revision), reporter)
+    snapshot = pipeline.resolve_model(spec, reporter)
     path = lockfile.beside(file)
     drift = lockfile.drift(spec, lockfile.read(path), snapshot.lock).value if path else None
     later = None
     if spec.quantize:
-        from builder.quantize import choose_recipe, finished_result
+        from builder.quantize import finished_result
 
-        recipe = choose_recipe(snapshot.config)
+        recipe, _ = pipeline.choose_quantization(spec, snapshot)
         done = finished_result(snapshot, recipe, cache=pipeline.cache_folder())
         if done:
             snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)

@@ -34,12 +34,15 @@ class Request(BaseModel):
 
     model: str
     revision: str | None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, spec: ImageSpec) -> Request:
         # A folder is named relative to the file, so that the lock is the same on every machine.
         path = Path(spec.model)
-        return cls(model=path.name if path.is_dir() else spec.model, revision=spec.revision)
+        name = path.name if path.is_dir() else spec.model
+        return cls(model=name, revision=spec.revision, include=spec.include, exclude=spec.exclude)
 
 
 class LockFile(BaseModel):

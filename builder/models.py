@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -112,20 +113,37 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     return ModelRef(text, repo=name, revision=revision or at or None)
 
 
-def resolve(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
+@dataclass(frozen=True)
+class Choice:
+    """Which of the files that serving needs are taken: shell patterns over the path. Empty include: all."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def keeps(self, path: str) -> bool:
+        if self.include and not any(fnmatchcase(path, pattern) for pattern in self.include):
+            return False
+        return not any(fnmatchcase(path, pattern) for pattern in self.exclude)
+
+
+ALL = Choice()
+
+
+def resolve(ref: ModelRef, reporter: Reporter, choice: Choice = ALL) -> ModelSnapshot:
     """Pin the model and have its files here, checked. Raises ModelError."""
-    if ref.folder is not None:
-        return _snapshot(ref.folder, name=ref.folder.name, source="folder", revision=None, reporter=reporter)
-    return _resolve_hub(ref, reporter)
+    if ref.folder is None:
+        return _resolve_hub(ref, reporter, choice)
+    name = ref.folder.name
+    return _snapshot(ref.folder, name=name, source="folder", revision=None, reporter=reporter, choice=choice)
 
 
-def _resolve_hub(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
+def _resolve_hub(ref: ModelRef, reporter: Reporter, choice: Choice) -> ModelSnapshot:
     """Download, and fetch once more what does not have the bytes that the hub says it has."""
     from builder.hub import download
 
     assert ref.repo is not None
     for attempt in (1, 2):
-        fetched = download(ref, _wanted_paths, reporter)
+        fetched = download(ref, lambda paths: _wanted_paths(paths, choice), reporter)
         try:
             return _snapshot(
                 fetched.root,
@@ -133,6 +151,7 @@ def _resolve_hub(ref: ModelRef, reporter: Reporter) -> ModelSnapshot:
                 source=f"hf://{ref.repo}",
                 revision=fetched.commit,
                 reporter=reporter,
+                choice=choice,
                 expected=fetched.digests,
             )
         except _DamagedError as damaged:
@@ -171,9 +190,10 @@ def _snapshot(
     source: str,
     revision: str | None,
     reporter: Reporter,
+    choice: Choice = ALL,
     expected: Mapping[str, str] | None = None,
 ) -> ModelSnapshot:
-    paths = _wanted_paths(_relative_files(root))
+    paths = _wanted_paths(_relative_files(root), choice)
     files = []
     if expected:  # first of all, or a byte that the way here flipped would pass for the model's own fault
         files = _hash_files(root, paths, reporter)
@@ -247,7 +267,7 @@ def _relative_files(root: Path) -> Iterator[str]:
             yield path.relative_to(root).as_posix()
 
 
-def _wanted_paths(paths: Iterable[str]) -> list[str]:
+def _wanted_paths(paths: Iterable[str], choice: Choice) -> list[str]:
     """The files that serving needs, sorted. Raises ModelError on a name that no layer may carry."""
     wanted = []
     for path in paths:
@@ -258,7 +278,8 @@ def _wanted_paths(paths: Iterable[str]) -> list[str]:
             continue
         if not path.isprintable() or ".." in parts or Path(path).is_absolute():
             raise ModelError(f"the model has a file with an unusable name: {path!r}", fix="Rename it.")
-        wanted.append(path)
+        if choice.keeps(path):
+            wanted.append(path)
     shards = [path for path in wanted if path.endswith(".safetensors")]
     if _SHARD_INDEX in wanted or "model.safetensors" in wanted:
         # Some repositories carry the same weights twice, e.g. also as consolidated.safetensors.

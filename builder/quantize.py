@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from builder.calibration import Calibration
 from builder.errors import BuildError, HostError, ModelError
 from builder.models import ModelLock, ModelSnapshot
 from builder.report import Reporter
@@ -98,7 +99,7 @@ class AwqRecipe:
 
     group_size: weights along the input features that share one scale; symmetric: no zero points;
     ignore: names of modules left as they are; calibration_samples blocks of calibration_tokens tokens each;
-    seed: of the sampling of the calibration text.
+    calibration: "self" (the model's own answers, sampled with `seed`) or "sha256:…" of the user's documents.
     """
 
     group_size: int
@@ -107,6 +108,7 @@ class AwqRecipe:
     calibration_samples: int
     calibration_tokens: int
     seed: int
+    calibration: str = "self"
 
     def canonical(self) -> bytes:
         return _canonical(asdict(self))
@@ -116,7 +118,13 @@ class AwqRecipe:
         return hashlib.sha256(self.canonical()).hexdigest()
 
 
-def choose_recipe(config: Mapping[str, Any], *, samples: int = 16, tokens: int = 256) -> AwqRecipe:
+def choose_recipe(
+    config: Mapping[str, Any],
+    *,
+    samples: int = 16,
+    tokens: int = 256,
+    calibration: Calibration | None = None,
+) -> AwqRecipe:
     """The recipe for a model, from its config.json alone.
 
     samples, tokens: calibration blocks and tokens in each. Raises ModelError for a model that is quantized
@@ -133,6 +141,7 @@ def choose_recipe(config: Mapping[str, Any], *, samples: int = 16, tokens: int =
                 calibration_samples=samples,
                 calibration_tokens=tokens,
                 seed=0,
+                calibration=f"sha256:{calibration.digest}" if calibration else "self",
             )
     shapes = ", ".join(f"{name} {count}" for name, count in features.items())
     raise ModelError(
@@ -213,7 +222,14 @@ def _result_folder(lock: ModelLock, digest: str, cache: Path) -> Path:
     return cache / "quantized" / digest / lock.name.rsplit("/", 1)[-1]
 
 
-def quantize_awq(snapshot: ModelSnapshot, recipe: AwqRecipe, *, cache: Path, reporter: Reporter) -> Path:
+def quantize_awq(
+    snapshot: ModelSnapshot,
+    recipe: AwqRecipe,
+    *,
+    cache: Path,
+    reporter: Reporter,
+    calibration: Calibration | None = None,
+) -> Path:
     """Quantizes a snapshot, or finds the result of an earlier run.
 
     Returns the folder `cache/quantized/<digest>/<model>`: compressed-tensors (pack-quantized) safetensors and
@@ -229,14 +245,19 @@ def quantize_awq(snapshot: ModelSnapshot, recipe: AwqRecipe, *, cache: Path, rep
             if not finished.is_dir():
                 _require_disk_space(snapshot.lock, cache)
                 python = ensure_environment(cache, reporter)
-                _quantize_into(finished, snapshot, recipe, python, reporter)
+                _quantize_into(finished, snapshot, recipe, calibration, python, reporter)
                 return finished
     reporter.note(f"AWQ weights of {snapshot.lock.name} are in the cache ({digest[:12]}).")
     return finished
 
 
 def _quantize_into(
-    finished: Path, snapshot: ModelSnapshot, recipe: AwqRecipe, python: Path, reporter: Reporter
+    finished: Path,
+    snapshot: ModelSnapshot,
+    recipe: AwqRecipe,
+    calibration: Calibration | None,
+    python: Path,
+    reporter: Reporter,
 ) -> None:
     partial = finished.parent.with_name(f".{finished.parent.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: the lock says that it is ours
@@ -244,7 +265,7 @@ def _quantize_into(
         work, result = partial / "work", partial / "result" / finished.name
         work.mkdir(parents=True)
         result.mkdir(parents=True)
-        _run_job(snapshot, recipe, python, work, result, reporter)
+        _run_job(snapshot, recipe, calibration, python, work, result, reporter)
         _copy_unquantized_files(snapshot, result)
         _make_readable(result.parent)
         result.parent.rename(finished.parent)
@@ -255,6 +276,7 @@ def _quantize_into(
 def _run_job(
     snapshot: ModelSnapshot,
     recipe: AwqRecipe,
+    calibration: Calibration | None,
     python: Path,
     work: Path,
     result: Path,
@@ -265,6 +287,7 @@ def _run_job(
         "model": str(snapshot.root.absolute()),
         "output": str(result),
         "recipe": asdict(recipe),
+        "calibration": calibration.documents if calibration else None,
     }
     job.write_text(json.dumps(fields), encoding="utf-8")
     with reporter.task(f"Quantizing {snapshot.lock.name} with AWQ", 100, "percent") as task:

@@ -44,9 +44,14 @@ class ImageSpec(BaseModel):
     model: str
     revision: str | None = None
     quantize: Literal["awq"] | None = None
+    calibration: str | None = None
+    calibration_samples: int = Field(default=16, ge=1, le=4096)
+    calibration_tokens: int = Field(default=256, ge=16, le=32768)
     tag: str | None = None
     base: str = DEFAULT_BASE
     platform: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     served_model_name: str | None = None
     engine_args: tuple[str, ...] = ()
     max_layer_bytes: int = Field(default=1 << 30, ge=1 << 20)
@@ -80,6 +85,8 @@ def load_spec(path: Path | None, flags: Mapping[str, Any]) -> ImageSpec:
     except ValidationError as error:
         raise InputError(_first_problem(error, path)) from None
     check_engine_args(spec.engine_args)
+    if spec.calibration and not spec.quantize:
+        raise InputError("calibration without quantization does nothing", fix="Add --quantize awq.")
     return spec
 
 
@@ -114,6 +121,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a mapping of settings", fix="Start with `model: …`.")
     if isinstance(data.get("model"), str) and (path.parent / data["model"]).is_dir():
         data["model"] = str(path.parent / data["model"])  # a folder is named relative to the file
+    if isinstance(data.get("calibration"), str):
+        data["calibration"] = str(path.parent / data["calibration"])
     return data
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from builder.errors import ModelError
-from builder.models import ModelSnapshot, describe_quantization, parse_ref, resolve
+from builder.models import Choice, ModelSnapshot, describe_quantization, parse_ref, resolve
 from builder.report import SilentReporter
 from tests.models import write_model
 
@@ -40,6 +40,21 @@ def test_only_what_serving_needs_is_taken(tmp_path: Path) -> None:
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_include_and_exclude_narrow_the_choice(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", shards=2)
+    (folder / "extra.json").write_text("{}")
+    ref = parse_ref(str(folder))
+    some = resolve(ref, SilentReporter(), Choice(exclude=("extra*",))).lock
+    assert "extra.json" not in {file.path for file in some.files}
+    fewer = resolve(ref, SilentReporter(), Choice(include=("model*", "config.json"))).lock
+    assert {file.path for file in fewer.files} == {
+        *("config.json", "model.safetensors.index.json"),
+        *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+    }
+    with pytest.raises(ModelError, match="model-00002-of-00002.safetensors is missing"):
+        resolve(ref, SilentReporter(), Choice(exclude=("model-00002*",)))
 
 
 def test_digest_changes_with_any_byte(tmp_path: Path) -> None:

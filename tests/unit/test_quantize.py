@@ -169,7 +169,7 @@ def test_config_without_shapes_is_refused_by_the_missing_key() -> None:
 
 def test_recipe_has_stable_canonical_bytes() -> None:
     assert RECIPE.canonical() == (
-        b'{"calibration_samples":16,"calibration_tokens":256,"group_size":64,'
+        b'{"calibration":"self","calibration_samples":16,"calibration_tokens":256,"group_size":64,'
         b'"ignore":["lm_head"],"seed":0,"symmetric":false}'
     )
 
