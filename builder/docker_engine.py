@@ -41,6 +41,7 @@ class ImageInfo:
     """What the engine says of an image. size in bytes; layers are digests of their tar."""
 
     id: str
+    platform: str
     tags: tuple[str, ...]
     repo_digests: tuple[str, ...]
     size: int
@@ -79,6 +80,7 @@ class DockerEngine:
         config = data.get("Config") or {}
         return ImageInfo(
             id=data["Id"],
+            platform=f"{data['Os']}/{data['Architecture']}",
             tags=tuple(data.get("RepoTags") or ()),
             repo_digests=tuple(data.get("RepoDigests") or ()),
             size=data["Size"],
@@ -102,7 +104,15 @@ class DockerEngine:
         info = self.image(reference)
         if info is None:
             self._pull(reference, platform, reporter)
-            info = self.require_image(reference)
+        elif not _is_for(info, platform):
+            with contextlib.suppress(InputError):  # the registry may have it for that platform too
+                self._pull(reference, platform, reporter)
+        info = self.require_image(reference)
+        if not _is_for(info, platform):
+            raise InputError(
+                f"{reference} is for {info.platform}, and {platform} is asked for",
+                fix="Give a --base for that platform.",
+            )
         code, output = self._run(reference, ["python3", "-c", probe.BASE_FACTS])
         facts = probe.parse_base_facts(reference, output if code == 0 else output or f"exit code {code}")
         device: Device = "cpu" if info.labels.get(_DEVICE_LABEL) == "cpu" else "cuda"
@@ -310,6 +320,11 @@ class DockerEngine:
                 raise
             raise HostError(f"cannot start a container of {image}", why=_short(error)) from None
         return Container(self._client, container, created_at)
+
+
+def _is_for(info: ImageInfo, platform: str | None) -> bool:
+    """platform: os/architecture, with an optional variant that the engine does not tell apart."""
+    return platform is None or info.platform == "/".join(platform.split("/")[:2])
 
 
 def _engine_errors(method: Callable[_P, _T]) -> Callable[_P, _T]:

@@ -50,6 +50,11 @@ def _dangling(engine: DockerEngine) -> set[str]:
     return set(out.stdout.split())
 
 
+def _remove_weights(engine: DockerEngine, output: str) -> None:
+    for weights in set(re.findall(r"coldstart/weights:[0-9a-f]{16}", output)):
+        engine.remove_image(weights)
+
+
 def _containers() -> set[str]:
     out = subprocess.run(["docker", "ps", "-aq"], capture_output=True, text=True, check=True)
     return set(out.stdout.split())
@@ -197,6 +202,7 @@ def test_push_without_a_registry_is_told(light_base: str, engine: DockerEngine, 
     tag = "127.0.0.1:9/nobody/tiny:1"
     done = coldstart("build", model, "--base", light_base, "-t", tag, "--push")
     engine.remove_image(tag)
+    _remove_weights(engine, done.err)
     assert done.code == 5
     assert "refused" in done.err
     assert "Traceback" not in done.err
@@ -255,6 +261,16 @@ def _import_image(engine: DockerEngine, tag: str) -> None:
     empty = io.BytesIO()
     tarfile.open(fileobj=empty, mode="w").close()
     subprocess.run(["docker", "import", "-", tag], input=empty.getvalue(), check=True, capture_output=True)
+
+
+def test_platform_that_the_base_is_not_for(model: str, base: str, engine: DockerEngine) -> None:
+    done = coldstart("build", model, "--base", base, "--platform", "linux/s390x")
+    assert (done.code, done.out) == (2, "")
+    assert "linux/s390x is asked for" in done.err
+    own = engine.require_image(base).platform
+    done = coldstart("build", model, "--base", base, "--platform", own, "-t", f"{PREFIX}/platform:1")
+    assert done.code == 0, done.err
+    engine.remove_image(f"{PREFIX}/platform:1")
 
 
 def test_base_without_python_or_without_vllm(model: str, base: str, engine: DockerEngine) -> None:
@@ -346,8 +362,7 @@ def test_ctrl_c_leaves_nothing_half_made(step: str, tmp_path: Path, base: str, e
         assert engine.image(tag) is None
         assert (_dangling(engine), _containers()) == before
     finally:
-        for weights in re.findall(r"coldstart/weights:[0-9a-f]{16}", text):
-            engine.remove_image(weights)
+        _remove_weights(engine, text)
 
 
 def _grow(folder: Path, size: int) -> None:
