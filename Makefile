@@ -28,12 +28,10 @@ check: $(VENV)/.made
 demo: $(VENV)/.made
 	tests/testbed/demo.sh
 
-demo-bench: $(VENV)/.made
-	$(TESTBED) benchmarks/suite.sh
-
-clean:
+demo-clean:
 	tests/testbed/clean.sh
 
+# Every figure of the README, in one run on a quiet machine.
 bench: $(VENV)/.made
 	$(TESTBED) benchmarks/suite.sh
 
