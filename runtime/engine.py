@@ -10,6 +10,7 @@ import contextlib
 import signal
 import socket
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import AsyncExitStack
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +70,16 @@ async def _serve(
         disable_log_stats=engine_args.disable_log_stats,
     )
     clean = True
-    try:
+    async with AsyncExitStack() as stack:
+        stack.callback(engine.shutdown, timeout=0)
         with trace.span(Phase.READY):
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
             server = _server(args, _Front(app, lifecycle), channel)
             app.state.server = server
+            # Before the hand-over, so that the port is never without somebody who accepts for long.
+            await stack.enter_async_context(app.router.lifespan_context(app))
         channel.send(("ready",))
         lifecycle.events = list((await _receive(channel))[1])
         lifecycle.move(State.READY)
@@ -87,8 +91,6 @@ async def _serve(
         if commands.done():
             clean = commands.result()
         commands.cancel()
-    finally:
-        engine.shutdown(timeout=0)
     if lifecycle.state is State.DRAINING:
         channel.send(("stopped", clean and not server.cut_requests))
 
@@ -130,10 +132,12 @@ def _server(args: Any, app: AsgiApp, channel: Connection) -> Any:
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
+        lifespan="off",  # entered by _serve, before the port is handed over
     )
     for limit in ("h11_max_incomplete_event_size", "h11_max_header_count"):
         if getattr(args, limit, None) is not None:
             setattr(config, limit, getattr(args, limit))
+    config.load()
     return Server(config)
 
 

@@ -13,34 +13,52 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runtime.phases import Phase, PhaseEvent, now
 
 SOCKET_VARIABLE = "COLDSTART_EVENTS"
 
-# Where each phase happens in vLLM 0.32: module, class, function. A name that a version lacks is skipped:
-# the phase is then missing from the report, and nothing else changes.
-_TRACED: tuple[tuple[str, str, str, Phase], ...] = (
-    ("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", Phase.CONFIG_PARSE),
-    ("vllm.v1.engine.async_llm", "", "renderer_from_config", Phase.TOKENIZER_INIT),
-    ("vllm.v1.engine.utils", "CoreEngineProcManager", "__init__", Phase.ENGINE_INIT),
-    ("vllm.v1.worker.gpu_worker", "Worker", "load_model", Phase.WEIGHT_LOAD),
-    ("vllm.v1.worker.gpu_worker", "Worker", "determine_available_memory", Phase.KV_CACHE_ALLOC),
-    ("vllm.v1.worker.gpu_worker", "Worker", "initialize_from_config", Phase.KV_CACHE_ALLOC),
-    ("vllm.v1.worker.gpu_worker", "Worker", "compile_or_warm_up_model", Phase.GRAPH_CAPTURE),
-)
-# Ends the phase that began when the worker's process was forked.
-_WORKER_INIT = ("vllm.v1.worker.gpu_worker", "Worker", "init_device", Phase.ENGINE_INIT)
-_CPU_WORKER = "vllm.v1.worker.cpu_worker"
 
-_born = now()
+@dataclass(frozen=True)
+class _Point:
+    """A function of vLLM that a phase happens in.
+
+    tail: the phase is what lies between the end of the phase before it in this process (or the fork) and
+    the end of the function, rather than the whole call.
+    """
+
+    module: str
+    owner: str
+    name: str
+    phase: Phase
+    tail: bool = False
+
+
+_WORKER = "vllm.v1.worker.gpu_worker"
+_CPU_WORKER = "vllm.v1.worker.cpu_worker"
+# Of vLLM 0.32. A name that a version lacks is skipped: the phase is then missing from the report.
+_TRACED = (
+    _Point("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", Phase.CONFIG_PARSE),
+    _Point("vllm.v1.engine.async_llm", "", "renderer_from_config", Phase.TOKENIZER_INIT),
+    _Point("vllm.v1.engine.utils", "CoreEngineProcManager", "__init__", Phase.ENGINE_INIT),
+    _Point(_WORKER, "Worker", "init_device", Phase.ENGINE_INIT, tail=True),
+    _Point(_WORKER, "Worker", "load_model", Phase.WEIGHT_LOAD),
+    _Point(_WORKER, "Worker", "determine_available_memory", Phase.KV_CACHE_ALLOC),
+    _Point(_WORKER, "Worker", "initialize_from_config", Phase.KV_CACHE_ALLOC),
+    _Point(_WORKER, "Worker", "compile_or_warm_up_model", Phase.GRAPH_CAPTURE),
+    _Point("vllm.v1.engine.core", "EngineCoreProc", "__init__", Phase.ENGINE_INIT, tail=True),
+)
+
+# When the last phase of this process ended, or when it was forked.
+_last = now()
 _active: set[Phase] = set()
 
 
 def _after_fork() -> None:
-    global _born
-    _born = now()
+    global _last
+    _last = now()
 
 
 os.register_at_fork(after_in_child=_after_fork)
@@ -61,19 +79,25 @@ def _role() -> str:
 
 
 def emit(phase: Phase, start: float, end: float, detail: str = "") -> None:
+    global _last
+    _last = max(_last, end)
     event = PhaseEvent(phase, start, end, process=_role(), pid=os.getpid(), detail=detail)
     _send({"event": event.to_json()})
 
 
+def _announce(phase: Phase, start: float) -> None:
+    _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid()}})
+
+
 @contextmanager
-def span(phase: Phase, start: float | None = None, detail: str = "") -> Iterator[None]:
+def span(phase: Phase, detail: str = "") -> Iterator[None]:
     """Report `phase` around a block. A phase inside the same phase counts once."""
     if phase in _active:
         yield
         return
-    begin = now() if start is None else start
+    begin = now()
     _active.add(phase)
-    _send({"begin": {"phase": phase.value, "start": begin, "pid": os.getpid()}})
+    _announce(phase, begin)
     try:
         yield
     finally:
@@ -81,34 +105,45 @@ def span(phase: Phase, start: float | None = None, detail: str = "") -> Iterator
         emit(phase, begin, now(), detail)
 
 
-def _traced(function: Callable[..., Any], phase: Phase, from_birth: bool) -> Callable[..., Any]:
+def _around(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with span(phase, start=_born if from_birth else None):
+        with span(phase):
             return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _tail(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        _announce(phase, _last)
+        result = function(*args, **kwargs)
+        emit(phase, _last, now())
+        return result
 
     return wrapper
 
 
 def install(device: str) -> list[str]:
     """Wrap what _TRACED names. Returns the names that this vLLM lacks."""
-    missing: list[str] = []
-    points = [(*point, False) for point in _TRACED] + [(*_WORKER_INIT, True)]
+    points = list(_TRACED)
     if device == "cpu":
         # The CPU worker derives from the GPU worker and overrides some of the same methods.
         points += [
-            (_CPU_WORKER, "CPUWorker", name, phase, birth)
-            for module, _, name, phase, birth in points
-            if module == _WORKER_INIT[0]
+            replace(point, module=_CPU_WORKER, owner="CPUWorker")
+            for point in _TRACED
+            if point.module == _WORKER
         ]
-    for module_name, class_name, name, phase, from_birth in points:
+    missing = []
+    for point in points:
         try:
-            owner: Any = importlib.import_module(module_name)
-            owner = getattr(owner, class_name) if class_name else owner
-            function = vars(owner)[name]
+            owner: Any = importlib.import_module(point.module)
+            owner = getattr(owner, point.owner) if point.owner else owner
+            function = vars(owner)[point.name]
         except (ImportError, AttributeError, KeyError):
-            if module_name != _CPU_WORKER:
-                missing.append(f"{module_name}.{class_name}.{name}")
+            if point.module != _CPU_WORKER:
+                missing.append(f"{point.module}.{point.owner}.{point.name}")
             continue
-        setattr(owner, name, _traced(function, phase, from_birth))
+        setattr(owner, point.name, (_tail if point.tail else _around)(function, point.phase))
     return missing

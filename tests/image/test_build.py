@@ -425,4 +425,4 @@ def test_bench_times_both_images_and_keeps_raw_samples(plain: Any, awq: Any, tmp
             event["phase"] for event in run["phases"]
         }
         assert run["exit_code"] == 0
-        assert run["unattributed_seconds"] < 0.25 * run["total_seconds"]
+        assert run["unattributed_seconds"] < 0.1 * run["total_seconds"]

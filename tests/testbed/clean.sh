@@ -27,5 +27,6 @@ if [[ -d $COLDSTART_CACHE ]]; then
   say "removing $COLDSTART_CACHE"
   "${priv[@]}" rm -rf --one-file-system "$COLDSTART_CACHE"
 fi
+"${priv[@]}" rm -rf /run/coldstart
 rm -rf "$HERE/../../out"
 say "done; the system's packages (docker.io and others) are left to you"
