@@ -17,4 +17,5 @@ class DockerHost:
         return ImageFacts(reference=image, id=info.id, size=info.size, labels=dict(info.labels))
 
     def start(self, image: str) -> Container:
-        return self._engine.start(image)
+        on_gpu = self._engine.require_image(image).labels.get("dev.coldstart.device") == "cuda"
+        return self._engine.start(image, gpus=on_gpu)

@@ -41,7 +41,7 @@ def build_base_cpu(
     wheels: a folder of *.whl that pip may use besides its index; ca: a PEM bundle for pip. Neither is
     in the image afterwards.
     """
-    engine.require_image(from_image)
+    engine.ensure_image(from_image, None, reporter)
     files = []
     if wheels:
         found = sorted(wheels.glob("*.whl"))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -145,6 +146,8 @@ def build(
         lockfile.require_locked(spec, lock_path)
     base = inspect_base(spec, engine, reporter)  # first: a wrong base or flag should not cost a download
     snapshot = resolve_model(spec, reporter, lock_path=lock_path, locked=locked)
+    if spec.quantize:  # before the long work; the exact check comes when the sizes are known
+        require_space(engine.data_root, snapshot.lock.total_bytes)
     snapshot = quantize_model(spec, snapshot, reporter)
     plan = make_plan(spec, snapshot.lock, base)
     weights = engine.image(plan.weights.tag)
@@ -178,8 +181,9 @@ def last_built() -> str | None:
 
 def _remember_last(tag: str) -> None:
     folder = cache_folder()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "last-built").write_text(tag + "\n")
+    with suppress(OSError):  # the image is built; only `bench` without a name would miss this
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "last-built").write_text(tag + "\n")
 
 
 def _memo(base: BaseImage, arguments: tuple[str, ...]) -> Path:
@@ -193,8 +197,9 @@ def _accepted_before(base: BaseImage, arguments: tuple[str, ...]) -> bool:
 
 def _remember_accepted(base: BaseImage, arguments: tuple[str, ...]) -> None:
     memo = _memo(base, arguments)
-    memo.parent.mkdir(parents=True, exist_ok=True)
-    memo.touch()
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        memo.touch()
 
 
 def require_space(data_root: str, needed: int) -> None:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -208,8 +209,8 @@ def render(
     made = make_plan(spec, snapshot.lock, _known_base(spec, reporter))
     write(made, snapshot.root, output)
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
-    typer.echo(f"docker build {platform_flag}-t {made.weights.tag} {output / 'weights'}")
-    typer.echo(f"docker build {platform_flag}-t {made.tag} {output / 'image'}")
+    for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image")):
+        typer.echo(f"docker build {platform_flag}-t {tag} {shlex.quote(str(output / folder))}")
 
 
 @app.command()
@@ -413,6 +414,15 @@ def _interrupt(*_: object) -> None:
     raise _Interrupted
 
 
+def _unexpected(error: Exception) -> ColdstartError:
+    if isinstance(error, OSError):
+        return ColdstartError(f"cannot go on: {error}", fix="Check the path, its mode and the disk.")
+    return ColdstartError(
+        f"this should not happen: {type(error).__name__}: {error}",
+        fix="Run `coldstart --debug …` for the traceback, and report it.",
+    )
+
+
 def main() -> None:
     """Entry point: one handler for every error, so that nobody sees a traceback without asking."""
     signal.signal(signal.SIGINT, _interrupt)
@@ -424,6 +434,11 @@ def main() -> None:
             raise
         _show(error)
         sys.exit(error.exit_code)
+    except Exception as error:
+        if os.environ.get("COLDSTART_DEBUG"):
+            raise
+        _show(_unexpected(error))
+        sys.exit(1)
     except _Interrupted:
         print("interrupted; what was finished is kept for the next time", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)  # a download's threads would finish their files first

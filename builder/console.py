@@ -25,21 +25,19 @@ _PLAIN_SECONDS = 10.0
 
 
 class ConsoleReporter:
-    """Steps, notes and progress. quiet keeps only errors, for `--json` and pipes."""
+    """Steps, notes and progress."""
 
-    def __init__(self, console: Console, quiet: bool = False) -> None:
-        self._console, self._quiet = console, quiet
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     def step(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(f"[bold]{_escape(text)}[/bold]", highlight=False, soft_wrap=True)
+        self._console.print(f"[bold]{_escape(text)}[/bold]", highlight=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print(f"  {_escape(text)}", style="dim", highlight=False, soft_wrap=True)
+        self._console.print(f"  {_escape(text)}", style="dim", highlight=False, soft_wrap=True)
 
     def task(self, title: str, total: int | None, unit: str = "bytes") -> AbstractContextManager[Task]:
-        if self._console.is_terminal and not self._quiet:
+        if self._console.is_terminal:
             return _live(self._console, title, total, unit)
         return _plain(self, title, total, unit)
 

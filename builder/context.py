@@ -60,7 +60,10 @@ def write_folder(rendered: Rendered, folder: Path) -> None:
     """The same context as files, for plain `docker build`. Hard links where the disk allows, else copies."""
     for file in entries(rendered):
         target = folder / file.path
-        target.parent.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+        for parent in reversed([target.parent, *target.parent.parents]):
+            if parent.is_relative_to(folder) and not parent.is_dir():
+                parent.mkdir(parents=True)
+                parent.chmod(_FOLDER_MODE)  # whatever the umask is
         target.unlink(missing_ok=True)
         if isinstance(file.source, bytes):
             target.write_bytes(file.source)

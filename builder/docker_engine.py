@@ -15,7 +15,9 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import docker
 import docker.errors
+import docker.types
 import requests
+import urllib3.exceptions
 
 from builder import context, probe
 from builder.errors import BuildError, HostError, InputError
@@ -30,7 +32,9 @@ _API_TIMEOUT_SECONDS = 600
 _ERROR_LINES = 40
 # How long an engine may take to notice that a build's client is gone.
 _LEFTOVER_SECONDS = 30.0
-_ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException)
+# A stream that breaks in the middle raises urllib3's own error.
+_ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
+_TOOL_LABEL = {"dev.coldstart.tool": "cli"}  # on containers of ours, so that clean-up ends exactly these
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -75,7 +79,7 @@ class DockerEngine:
             data = self._client.api.inspect_image(reference)  # type: ignore[no-untyped-call]
         except docker.errors.ImageNotFound:
             return None
-        except docker.errors.APIError as error:
+        except _ENGINE_ERRORS as error:
             raise InputError(f"{reference!r} is not an image name", why=_short(error)) from None
         config = data.get("Config") or {}
         return ImageInfo(
@@ -99,12 +103,16 @@ class DockerEngine:
             )
         return found
 
+    def ensure_image(self, reference: str, platform: str | None, reporter: Reporter) -> ImageInfo:
+        """Pull the image if it is not here. Raises InputError."""
+        if self.image(reference) is None:
+            self._pull(reference, platform, reporter)
+        return self.require_image(reference)
+
     def base_image(self, reference: str, platform: str | None, reporter: Reporter) -> BaseImage:
         """Pull the base if it is not here, and look into it. Raises InputError or HostError."""
-        info = self.image(reference)
-        if info is None:
-            self._pull(reference, platform, reporter)
-        elif not _is_for(info, platform):
+        info = self.ensure_image(reference, platform, reporter)
+        if not _is_for(info, platform):
             with contextlib.suppress(InputError):  # the registry may have it for that platform too
                 self._pull(reference, platform, reporter)
         info = self.require_image(reference)
@@ -208,9 +216,14 @@ class DockerEngine:
     def push(self, tag: str, reporter: Reporter) -> str:
         """Push with the engine's own credentials; returns the registry's digest. Raises BuildError."""
         digest = ""
-        with reporter.task(f"Pushing {tag}", None) as task:
-            for message in self._stream(self._client.api.push(tag, stream=True, decode=True), task):
-                digest = (message.get("aux") or {}).get("Digest", digest)
+        try:
+            with reporter.task(f"Pushing {tag}", None) as task:
+                for message in self._stream(self._client.api.push(tag, stream=True, decode=True), task):
+                    digest = (message.get("aux") or {}).get("Digest", digest)
+        except _ENGINE_ERRORS as error:
+            raise BuildError(
+                f"cannot push {tag}", why=_short(error), fix="Check the registry's login."
+            ) from None
         if not digest:
             raise BuildError(f"the registry gave no digest for {tag}", fix="Push again.")
         return digest
@@ -247,8 +260,9 @@ class DockerEngine:
     @contextlib.contextmanager
     def open_files(self, image: str) -> Iterator[Callable[[str], Iterator[tuple[tarfile.TarInfo, Any]]]]:
         """Yields a function: absolute folder -> (tar header, file object or None) of everything below it."""
-        container = self._client.api.create_container(image, entrypoint=["none"], name=_name())["Id"]
+        container = _name()
         try:
+            self._client.api.create_container(image, entrypoint=["none"], name=container, labels=_TOOL_LABEL)
 
             def walk(folder: str) -> Iterator[tuple[tarfile.TarInfo, Any]]:
                 try:
@@ -261,7 +275,7 @@ class DockerEngine:
 
             yield walk
         finally:
-            self._client.api.remove_container(container, force=True)
+            self._remove(container)
 
     def history(self, image: str) -> list[Mapping[str, Any]]:
         return list(self._client.api.history(image))  # type: ignore[no-untyped-call]
@@ -270,23 +284,28 @@ class DockerEngine:
 
     def _run(self, image: str, command: Sequence[str]) -> tuple[int, str]:
         """Run once, with no network, and return the exit code and all output."""
-        container = None
+        container = _name()
         try:
-            container = self._client.api.create_container(
+            self._client.api.create_container(
                 image,
                 entrypoint=[command[0]],
                 command=list(command[1:]),
-                name=_name(),
+                name=container,
+                labels=_TOOL_LABEL,
                 host_config=self._client.api.create_host_config(network_mode="none"),
-            )["Id"]
+            )
             self._client.api.start(container)
             code = self._client.api.wait(container)["StatusCode"]
             return code, self._client.api.logs(container).decode(errors="replace")
         except docker.errors.APIError as error:
             return 127, _short(error)  # the command is not in the image
         finally:
-            if container:
-                self._client.api.remove_container(container, force=True)
+            self._remove(container)
+
+    def _remove(self, container: str) -> None:
+        """By its name, which we chose: an interrupted create may have made it without telling us its id."""
+        with contextlib.suppress(docker.errors.NotFound):
+            self._client.api.remove_container(container, force=True, v=True)
 
     def start(
         self,
@@ -295,27 +314,34 @@ class DockerEngine:
         arguments: Sequence[str] = (),
         network: str | None = None,
         publish: bool = True,
+        gpus: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> Container:
-        """Create and start; the serving port is published on a free port of 127.0.0.1."""
+        """Create and start; the serving port is published on a free port of 127.0.0.1.
+
+        gpus: give it all of them, as `docker run --gpus all` does.
+        """
         api = self._client.api
         created_at = time.time()
-        container = None
+        container = _name()
+        all_gpus = [docker.types.DeviceRequest(count=-1, capabilities=[["gpu"]])]
         try:
-            container = api.create_container(
+            api.create_container(
                 image,
                 command=list(arguments) or None,
-                name=_name(),
+                name=container,
+                labels=_TOOL_LABEL,
                 ports=[PORT] if publish else None,
                 environment=dict(environment or {}),
                 host_config=api.create_host_config(
-                    network_mode=network, port_bindings={PORT: ("127.0.0.1", None)} if publish else None
+                    network_mode=network,
+                    port_bindings={PORT: ("127.0.0.1", None)} if publish else None,
+                    device_requests=all_gpus if gpus else None,
                 ),
-            )["Id"]
+            )
             api.start(container)
         except BaseException as error:
-            if container:
-                api.remove_container(container, force=True)
+            self._remove(container)
             if not isinstance(error, _ENGINE_ERRORS):
                 raise
             raise HostError(f"cannot start a container of {image}", why=_short(error)) from None

@@ -39,7 +39,7 @@ def download(ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], report
 
     Finished files are reused; a file that a kill cut starts again. Raises ModelError or HostError.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
     from huggingface_hub import constants as hub
 
     assert ref.repo is not None
@@ -52,7 +52,8 @@ def download(ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], report
     # The card carries the licence; it does not go into the image.
     wanted = choose(sizes) + [name for name in sizes if name == "README.md"]
     total = sum(sizes[name] for name in wanted)
-    require_space(Path(hub.HF_HUB_CACHE), total)
+    missing = [n for n in wanted if not isinstance(try_to_load_from_cache(repo, n, revision=info.sha), str)]
+    require_space(Path(hub.HF_HUB_CACHE), sum(sizes[name] for name in missing))
     with reporter.task(f"Downloading {ref.repo}", total) as task:
         root = _call(
             ref,

@@ -1,9 +1,10 @@
-"""ModelRef -> ModelLock -> files on this machine. The only module that imports huggingface_hub."""
+"""ModelRef -> ModelLock -> files on this machine, checked."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,12 @@ _UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf",
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _SHARD_INDEX = "model.safetensors.index.json"
 _HASH_CHUNK = 1 << 20
+# The hub's rules: at most 96 characters a part, no "--" or "..", not ending in .git.
+_HUB_NAME = re.compile(
+    r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,94}[A-Za-z0-9_]|"
+    r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_]",
+    re.ASCII,
+)
 
 
 class LockedFile(BaseModel):
@@ -93,8 +100,8 @@ class ModelRef:
 
 def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     """`org/name`, `org/name@revision`, `hf://…`, or a folder. Raises ModelError."""
-    path = Path(text).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(text))  # noqa: PTH111 - pathlib's raises for an unknown user
+    if os.path.isdir(path):  # noqa: PTH112 - pathlib's raises for a name that is too long
         if revision:
             raise ModelError(f"--revision does not go with a folder ({text})", fix="Leave it out.")
         return ModelRef(text, folder=path.resolve())
@@ -102,9 +109,9 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     name, _, at = bare.partition("@")
     if at and revision and at != revision:
         raise ModelError(f"two revisions for {name}: {at} and {revision}", fix="Give one of them.")
-    looks_like_path = text.startswith((".", "/", "~")) or path.exists()
-    if looks_like_path or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        why = "It is a file." if path.exists() else "No such folder."
+    is_file = os.path.isfile(path)  # noqa: PTH113 - as above
+    if text.startswith((".", "/", "~")) or is_file or not _HUB_NAME.fullmatch(name):
+        why = "It is a file." if is_file else "No such folder."
         raise ModelError(
             f"cannot find the model {text!r}",
             why=why,
@@ -347,7 +354,8 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
     words = [str(quantization.get("quant_method", "unknown"))]
     groups = quantization.get("config_groups")
     if isinstance(groups, Mapping) and groups:
-        weights = next(iter(groups.values())).get("weights") or {}
+        first = next(iter(groups.values()))
+        weights = (first.get("weights") if isinstance(first, Mapping) else None) or {}
         words.append(f"{weights.get('type', '')}{weights.get('num_bits', '')}")
         if weights.get("group_size"):
             words.append(f"g{weights['group_size']}")

@@ -149,7 +149,7 @@ def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
         spec=spec,
         lock=lock,
         base=base,
-        tag=spec.tag or default_tag(lock),
+        tag=spec.tag or default_tag(lock, spec),
         model_path=model_path,
         served_model_name=spec.served_model_name or lock.name,
         engine_args=_ENGINE_DEFAULTS[base.device] + spec.engine_args,
@@ -159,9 +159,9 @@ def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
     )
 
 
-def default_tag(lock: ModelLock) -> str:
-    kind = "awq" if lock.quantization else "latest"
-    return f"coldstart/{_folder_name(lock.name).lower()}:{kind}"
+def default_tag(lock: ModelLock, spec: ImageSpec) -> str:
+    name = re.sub(r"[^a-z0-9]+", "-", _folder_name(lock.name).lower()).strip("-")
+    return f"coldstart/{name or 'model'}:{spec.quantize or 'latest'}"
 
 
 def _folder_name(name: str) -> str:
@@ -170,11 +170,13 @@ def _folder_name(name: str) -> str:
 
 
 def _labels(lock: ModelLock, base: BaseImage) -> dict[str, str]:
+    # A label is one line; what a model card says need not be.
+    licence = " ".join((lock.license or "unknown").split())
     labels = {
         "org.opencontainers.image.title": lock.name,
         "org.opencontainers.image.source": lock.source,
         "org.opencontainers.image.revision": lock.revision or f"sha256:{lock.digest}",
-        "org.opencontainers.image.licenses": lock.license or "unknown",
+        "org.opencontainers.image.licenses": licence,
         "org.opencontainers.image.base.name": base.reference,
         f"{_LABEL}.version": __version__,
         f"{_LABEL}.device": base.device,

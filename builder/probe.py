@@ -26,7 +26,8 @@ PARSE_ENGINE_ARGS = """
 import sys
 from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
-args = make_arg_parser(FlexibleArgumentParser(prog="vllm", usage="")).parse_args(sys.argv[1:])
+parser = FlexibleArgumentParser(prog="vllm", usage="", allow_abbrev=False)
+args = make_arg_parser(parser).parse_args(sys.argv[1:])
 try:
     validate_parsed_serve_args(args)
 except (TypeError, ValueError) as error:

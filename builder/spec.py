@@ -21,8 +21,16 @@ QUANTIZATIONS = ("awq",)
 
 # Baked arguments end up in a layer, a label and `docker history`.
 _SECRET_FLAGS = frozenset({"--api-key", "--hf-token", "--ssl-keyfile-password"})
-_SECRET_VALUE = re.compile(r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----")
+_SECRET_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{20,}|(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 _SECRET_KEY = re.compile(r"token|api[_-]?key|password|secret", re.IGNORECASE)
+# Docker's grammar: [host[:port]/]path[:tag][@digest], the path in lower case.
+_REFERENCE = re.compile(
+    r"(?:[A-Za-z0-9.-]+(?::[0-9]+)?/)?"
+    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(?::[A-Za-z0-9_][A-Za-z0-9._-]{0,127})?(?:@sha256:[0-9a-f]{64})?"
+)
 # What the image itself decides.
 _OWNED_FLAGS = {
     "--model": "MODEL",
@@ -32,6 +40,8 @@ _OWNED_FLAGS = {
     "--uds": "`docker run -p HOST_PORT:8000`",
     "--revision": "--revision before the `--`",
     "--api-server-count": "more replicas",
+    "--ssl-keyfile": "a proxy in front of the container: PID 1 speaks plain HTTP",
+    "--ssl-certfile": "a proxy in front of the container: PID 1 speaks plain HTTP",
     "--headless": "vLLM's own image",
 }
 
@@ -60,7 +70,7 @@ class ImageSpec(BaseModel):
     @classmethod
     def _image_words(cls, value: str | None) -> str | None:
         # These stand unquoted in a Dockerfile and in printed commands.
-        if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*", value):
+        if value is not None and not _REFERENCE.fullmatch(value):
             raise ValueError(f"{value!r} is not a name of an image or a platform")
         return value
 
@@ -128,7 +138,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _refuse_secret_keys(data: Mapping[str, Any]) -> None:
     for key, value in data.items():
-        if _SECRET_KEY.search(key) or (isinstance(value, str) and _SECRET_VALUE.search(value)):
+        named_like_one = _SECRET_KEY.search(key) and key not in ImageSpec.model_fields
+        if named_like_one or (isinstance(value, str) and _SECRET_VALUE.search(value)):
             raise InputError(
                 f"`{key}` looks like a secret, and the file describes an image that others will pull",
                 fix="Remove it; set HF_TOKEN in the environment for downloads, VLLM_API_KEY at run time.",

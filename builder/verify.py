@@ -26,7 +26,7 @@ _USER = "2000:0"
 _OFFLINE = ("HF_HUB_OFFLINE=1", "TRANSFORMERS_OFFLINE=1", "VLLM_NO_USAGE_STATS=1")
 # Tokens by their issuers' shapes, and any variable that is named like one and has a value.
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}")
-_TOKEN_VARIABLE = re.compile(r"^[A-Z_]*(TOKEN|API_KEY|PASSWORD|SECRET)[A-Z_]*=.+")
+_TOKEN_VARIABLE = re.compile(r"^[A-Z0-9_]*(TOKEN|API_KEY|PASSWORD|SECRET)(_[A-Z0-9_]+)?=.+")
 _CHUNK = 1 << 20
 
 

@@ -99,7 +99,9 @@ def _parse(argv: list[str]) -> Any:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    args = make_arg_parser(FlexibleArgumentParser(prog="vllm")).parse_args(argv)
+    # No abbreviations: `--api-k` must not get past who looks for `--api-key`.
+    parser = FlexibleArgumentParser(prog="vllm", allow_abbrev=False)
+    args = make_arg_parser(parser).parse_args(argv)
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:

@@ -13,6 +13,7 @@ from runtime.lifecycle import Lifecycle, Reply
 
 _READ_BYTES = 65536
 _REQUEST_SECONDS = 10.0
+_CLOSE_SECONDS = 0.5
 
 
 class Front:
@@ -22,15 +23,18 @@ class Front:
     is left with PID 1, so none has to be cut.
     """
 
-    def __init__(self, listener: socket.socket, lifecycle: Lifecycle) -> None:
+    def __init__(self, listener: socket.socket, lifecycle: Lifecycle, backlog: int) -> None:
         self._listener = listener
+        self._backlog = backlog
         self._lifecycle = lifecycle
         self._server: asyncio.Server | None = None
         self._busy: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         if self._server is None:
-            self._server = await asyncio.start_server(self._client, sock=self._listener.dup())
+            self._server = await asyncio.start_server(
+                self._client, sock=self._listener.dup(), backlog=self._backlog
+            )
 
     async def close(self) -> None:
         """Stop accepting and finish the requests that were already accepted."""
@@ -39,7 +43,9 @@ class Front:
         self._server.close()
         self._server = None
         if self._busy:
-            await asyncio.wait(self._busy, timeout=_REQUEST_SECONDS)
+            _, slow = await asyncio.wait(self._busy, timeout=_CLOSE_SECONDS)
+            for task in slow:  # whoever has not sent a whole request by now must not hold up the others
+                task.cancel()
 
     async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ _OWNED = {
     "--model": "the model is baked into this image; build another image for another model",
     "--uds": "PID 1 owns the socket; use --host and --port",
     "--api-server-count": "one API process serves the socket; scale by adding replicas",
+    "--ssl-keyfile": "PID 1 speaks plain HTTP; terminate TLS in front of the container",
+    "--ssl-certfile": "PID 1 speaks plain HTTP; terminate TLS in front of the container",
     "--headless": "an image serves HTTP; use vLLM's own image for a headless node",
 }
 
@@ -108,12 +111,16 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
 
     def number(name: str, default: float) -> float:
         text = environ.get(name)
-        if text is None:
+        # Kubernetes sets COLDSTART_PORT=tcp://… in every pod beside a Service named "coldstart".
+        if text is None or "://" in text:
             return default
         try:
-            return float(text)
+            value = float(text)
         except ValueError:
-            raise SettingsError(f"{name}={text!r} is not a number") from None
+            value = math.nan
+        if not math.isfinite(value):
+            raise SettingsError(f"{name}={text!r} is not a number")
+        return value
 
     defaults = {
         "host": environ.get("COLDSTART_HOST", "0.0.0.0"),  # noqa: S104 - a container serves its network
@@ -130,8 +137,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
     if not 0 <= known.port <= 65535:
         raise SettingsError(f"--port {known.port} is not between 0 and 65535")
     for name in ("drain_delay", "drain_timeout"):
-        if getattr(known, name) < 0:
-            raise SettingsError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= getattr(known, name) < math.inf:
+            raise SettingsError(f"--{name.replace('_', '-')} must be a number of seconds, not negative")
     return Settings(
         manifest=manifest,
         host=known.host,

@@ -47,6 +47,7 @@ class Supervisor:
         self._exit = asyncio.Event()
         self._exit_code = EXIT_OK
         self._signals = 0
+        self._stopped = False
         self._channel: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -68,7 +69,7 @@ class Supervisor:
 
     async def _main(self, listener: socket.socket, folder: Path) -> int:
         loop = asyncio.get_running_loop()
-        self._front = Front(listener, self._lifecycle)
+        self._front = Front(listener, self._lifecycle, _BACKLOG)
         await self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
@@ -127,6 +128,7 @@ class Supervisor:
             kind, *details = self._channel.recv()
         except (EOFError, OSError):
             asyncio.get_running_loop().remove_reader(self._channel.fileno())
+            self._channel = None
             return
         if kind == "ready":
             self._spawn(self._hand_over())
@@ -135,6 +137,7 @@ class Supervisor:
         elif kind == "failed":
             self._spawn(self._fail(details[0]))
         elif kind == "stopped":
+            self._stopped = True
             self._exit_code = EXIT_OK if details[0] else EXIT_FORCED
 
     async def _hand_over(self) -> None:
@@ -151,7 +154,12 @@ class Supervisor:
     def _on_engine_exit(self, process: Any) -> None:
         asyncio.get_running_loop().remove_reader(process.sentinel)
         process.join()
+        while self._channel is not None and self._channel.poll() and not self._stopped:
+            self._on_message()  # its last words may be in the pipe still
         if self._lifecycle.state is State.DRAINING:
+            if not self._stopped:
+                _log(f"the engine died while draining, with code {process.exitcode}")
+                self._exit_code = EXIT_FORCED
             self._exit.set()
         elif self._lifecycle.state in (State.STARTING, State.READY):
             self._spawn(self._fail(f"the engine exited with code {process.exitcode}, see its output above"))

@@ -250,6 +250,7 @@ def test_engine_argument_that_vllm_does_not_know(model: str, base: str) -> None:
     for arguments, words in (
         (("--no-such-flag", "3"), "unrecognized arguments: --no-such-flag"),
         (("--max-model-len", "many"), "--max-model-len"),
+        (("--api-k", "abbreviated"), "unrecognized arguments: --api-k"),
     ):
         done = coldstart("build", model, "--base", base, "--", *arguments)
         assert (done.code, done.out) == (2, "")

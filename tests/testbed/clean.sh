@@ -3,7 +3,7 @@
 set -euo pipefail
 
 HERE=$(dirname "$(realpath "$0")")
-COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart}
+COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart-testbed}
 priv=()
 [[ $(id -u) == 0 ]] || priv=(sudo)
 
@@ -11,9 +11,9 @@ say() { echo "clean: $*" >&2; }
 
 # An engine of somebody else's keeps running; only our images and containers leave it.
 clean_engine() {
-  docker ps -aq --filter name=coldstart- | xargs -r docker rm -f >/dev/null
+  docker ps -aq --filter label=dev.coldstart.tool | xargs -r docker rm -f >/dev/null
   docker images --format '{{.Repository}}:{{.Tag}}' |
-    grep -E '^(coldstart|coldstart-bench|coldstart-demo|coldstart-test|coldstart-testbed)/' | xargs -r docker rmi >/dev/null
+    grep -E '^(coldstart-(bench|demo|test|testbed)/|coldstart/(weights|base-cpu):)' | xargs -r docker rmi >/dev/null
   for label in dev.coldstart.role=weights dev.coldstart.role=server dev.coldstart.base.stage=build; do
     docker image prune -f --filter "label=$label" >/dev/null
   done

@@ -5,7 +5,7 @@ set -euo pipefail
 
 TAG=coldstart-testbed/debian:bookworm
 SUITE=bookworm
-CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart}
+CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart-testbed}
 HERE=$(dirname "$(realpath "$0")")
 PATH=$PATH:/usr/sbin:/sbin # debootstrap's place, which a plain user's PATH on Debian lacks
 priv=()

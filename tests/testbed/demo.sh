@@ -3,7 +3,7 @@
 set -euo pipefail
 
 HERE=$(dirname "$(realpath "$0")")
-COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart}
+COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart-testbed}
 
 if [[ ${1:-} != steps ]]; then
   cat <<TEXT
@@ -40,7 +40,7 @@ run coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$B
 run coldstart verify "$AWQ"
 
 container=coldstart-demo-$$
-run docker run -d --name "$container" --network none "$AWQ"
+run docker run -d --name "$container" --label dev.coldstart.tool=demo --network none "$AWQ"
 until docker exec "$container" python3 -m runtime health; do
   if [[ $(docker inspect -f '{{.State.Running}}' "$container") != true ]]; then
     docker logs "$container" >&2
@@ -58,6 +58,7 @@ container=
 
 run coldstart bench "$AWQ" "$BF16" --runs 3 --json out/demo-bench.json
 
+[[ $answer == *Paris* && $code == 0 ]]
 cat <<TEXT
 
 Proven: the model was quantized to AWQ and baked into an image whose files match their digests and that
@@ -66,4 +67,3 @@ carries no token; with no network, no capability and the default /dev/shm it ans
 and left with exit code $code on SIGTERM; and both images were started 3 times in turn, every phase timed
 (raw samples: out/demo-bench.json).
 TEXT
-[[ $answer == *Paris* && $code == 0 ]]

@@ -6,7 +6,7 @@
 #   engine.sh install PKG...    installs system packages
 set -euo pipefail
 
-CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart}
+CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart-testbed}
 RUN=/run/coldstart # short: a socket's path has at most 107 bytes
 DATA=$CACHE/docker
 LOG=$CACHE/dockerd.log

@@ -9,7 +9,7 @@ set -euo pipefail
 HERE=$(dirname "$(realpath "$0")")
 ROOT=$(realpath "$HERE/../..")
 PYTHON=$ROOT/.venv/bin/python
-COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart}
+COLDSTART_CACHE=${COLDSTART_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/coldstart-testbed}
 export COLDSTART_CACHE
 MODEL=$COLDSTART_CACHE/models/SmolLM2-135M-Instruct
 

@@ -9,6 +9,7 @@ import pytest
 from builder import build, hub
 from builder.errors import HostError, InputError
 from builder.probe import parse_base_facts, parser_complaint
+from builder.verify import _TOKEN_VARIABLE
 
 _Usage = namedtuple("_Usage", "total used free")
 
@@ -55,6 +56,21 @@ def test_base_that_cannot_serve_is_refused(output: str, words: str) -> None:
 def test_base_facts_are_the_last_line() -> None:
     facts = parse_base_facts("base:1", 'warning: x\n{"python": [3, 12], "vllm": "0.32.0"}\n')
     assert (facts.python, facts.vllm) == ((3, 12), "0.32.0")
+
+
+@pytest.mark.parametrize(
+    ("variable", "is_token"),
+    [
+        ("HF_TOKEN=x", True),
+        ("S3_SECRET=x", True),
+        ("OPENAI_API_KEY=x", True),
+        ("HF_TOKEN=", False),
+        ("TOKENIZERS_PARALLELISM=false", False),
+        ("PATH=/usr/bin", False),
+    ],
+)
+def test_variables_that_hold_tokens(variable: str, is_token: bool) -> None:
+    assert bool(_TOKEN_VARIABLE.match(variable)) == is_token
 
 
 def test_complaint_is_the_line_that_says_why() -> None:

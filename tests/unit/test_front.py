@@ -28,7 +28,7 @@ def _with_front(scenario: Callable[[Front, Lifecycle, int, socket.socket], Await
     async def run() -> None:
         with _bind("127.0.0.1", 0) as listener:
             lifecycle = Lifecycle(started=0.0)
-            front = Front(listener, lifecycle)
+            front = Front(listener, lifecycle, 2048)
             await front.open()
             await scenario(front, lifecycle, listener.getsockname()[1], listener)
             await front.close()
@@ -100,13 +100,26 @@ def test_client_that_leaves_or_says_nothing_harms_nobody() -> None:
     _with_front(scenario)
 
 
+def test_silent_client_does_not_hold_up_the_hand_over() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        await asyncio.wait_for(front.close(), 5)  # the request itself would be waited for twice as long
+        assert await reader.read() == b""
+        writer.close()
+
+    _with_front(scenario)
+
+
 def test_connection_that_comes_between_the_two_servers_waits_and_is_served() -> None:
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         await front.close()  # nobody accepts now; the kernel does
         pending = asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
         await asyncio.sleep(0.2)
         assert not pending.done()
-        heir = Front(listener, lifecycle)  # as the engine does, on the same socket
+        heir = Front(listener, lifecycle, 2048)  # as the engine does, on the same socket
         await heir.open()
         assert (await pending).startswith(b"HTTP/1.1 200 ")
         await heir.close()

@@ -108,7 +108,20 @@ def test_folder_without_config_or_weights(tmp_path: Path) -> None:
         _resolve(folder)
 
 
-@pytest.mark.parametrize("text", ["./nowhere", "/nowhere", "just-a-name", "a/b/c", "org/na me"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "./nowhere",
+        "/nowhere",
+        "just-a-name",
+        "a/b/c",
+        "org/na me",
+        "~nobody/x",
+        "org/" + "x" * 300,
+        "Qwen/Qwen3--8B",
+        "org/name.git",
+    ],
+)
 def test_what_is_neither_folder_nor_hub_name(text: str) -> None:
     with pytest.raises(ModelError, match="cannot find the model"):
         parse_ref(text)

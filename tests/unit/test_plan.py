@@ -61,6 +61,21 @@ def test_manifest_carries_the_whole_lock() -> None:
     assert manifest["model"]["served_name"] == "org/Tiny-1B"
 
 
+def test_default_tag_is_one_that_docker_takes() -> None:
+    base = BaseImage("base:1", None, "cpu")
+    for name in ("org/_X_", "Qwen/Qwen2.5-0.5B", "...", "org/a--b"):
+        tag = make_plan(ImageSpec(model="m"), lock(name), base).tag
+        assert ImageSpec(model="m", tag=tag).tag == tag
+    quantized = lock().model_copy(update={"quantization": "gptq int4 g128"})
+    assert make_plan(ImageSpec(model="m"), quantized, base).tag == "coldstart/tiny-1b:latest"
+
+
+def test_licence_of_several_lines_is_one_label() -> None:
+    odd = lock().model_copy(update={"license": "mit\nand more"})
+    made = make_plan(ImageSpec(model="m"), odd, BaseImage("base:1", None, "cpu"))
+    assert dict(made.labels)["org.opencontainers.image.licenses"] == "mit and more"
+
+
 _files = st.lists(
     st.tuples(st.booleans(), st.integers(0, 1 << 33)),
     min_size=1,

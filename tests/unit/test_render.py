@@ -147,7 +147,11 @@ def test_rendered_folder_has_the_same_files_and_modes_as_the_stream(tmp_path: Pa
     (root / "model.safetensors").chmod(0o600)
     base = BaseImage("base:1", None, "cpu")
     made = make_plan(ImageSpec(model="m"), lock(files=(small, shard)), base)
-    write(made, root, tmp_path / "out")
+    umask = os.umask(0o077)
+    try:
+        write(made, root, tmp_path / "out")
+    finally:
+        os.umask(umask)
     streamed = b"".join(context.stream(render.render_weights(made, root)))
     with tarfile.open(fileobj=io.BytesIO(streamed)) as archive:
         names = {entry.name for entry in archive if entry.isfile()}
@@ -155,4 +159,6 @@ def test_rendered_folder_has_the_same_files_and_modes_as_the_stream(tmp_path: Pa
     written = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     assert set(written) == names
     assert {path.stat().st_mode & 0o777 for path in written.values()} == {0o644}
+    folders = [path for path in (tmp_path / "out").rglob("*") if path.is_dir()]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o755}
     assert (root / "model.safetensors").stat().st_mode & 0o777 == 0o600

@@ -19,6 +19,10 @@ def test_flags_over_environment_over_manifest() -> None:
     assert (settings.served_model_name, settings.port) == ("flag", 9000)
 
 
+def test_variable_that_kubernetes_sets_for_a_service_is_ignored() -> None:
+    assert load([], {"COLDSTART_PORT": "tcp://10.0.0.1:8000"}, MANIFEST).port == 8000
+
+
 def test_unknown_flags_go_to_vllm_after_the_baked_ones() -> None:
     settings = load(["--max-model-len", "8", "--drain-delay", "0"], {}, MANIFEST)
     assert settings.vllm_args() == [
@@ -40,6 +44,9 @@ def test_flags_that_contradict_the_image_are_refused(flag: str) -> None:
         (["--port", "70000"], {}),
         (["--drain-timeout", "-1"], {}),
         ([], {"COLDSTART_PORT": "http"}),
+        ([], {"COLDSTART_PORT": "inf"}),
+        ([], {"COLDSTART_DRAIN_TIMEOUT": "nan"}),
+        (["--drain-delay", "inf"], {}),
         ([], {"COLDSTART_DRAIN_DELAY": "soon"}),
     ],
 )

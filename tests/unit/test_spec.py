@@ -63,7 +63,29 @@ def test_secret_in_the_file_is_refused(tmp_path: Path, line: str) -> None:
         load_spec(_file(tmp_path, f"model: org/a\n{line}\n"), {})
 
 
-@pytest.mark.parametrize("flag", ["--model", "--port", "--host", "--served-model-name", "--uds"])
+def test_settings_that_only_sound_like_secrets(tmp_path: Path) -> None:
+    path = _file(
+        tmp_path, "model: acme/multitask-classification-finetuned\nquantize: awq\ncalibration_tokens: 512\n"
+    )
+    assert load_spec(path, {}).calibration_tokens == 512
+
+
+@pytest.mark.parametrize("name", ["coldstart/_x_:1", "Foo/Bar:1", "a//b", "a:b:c", "a/b:-x"])
+def test_tags_that_docker_would_refuse_later(name: str) -> None:
+    with pytest.raises(InputError, match="is not a name"):
+        load_spec(None, {"model": "org/a", "tag": name})
+
+
+@pytest.mark.parametrize(
+    "name", ["Registry.example.com:5000/a/b_c:V1.0", "a", "a/b-c__d.e", "127.0.0.1:5000/x/y:z"]
+)
+def test_tags_that_docker_takes(name: str) -> None:
+    assert load_spec(None, {"model": "org/a", "tag": name}).tag == name
+
+
+@pytest.mark.parametrize(
+    "flag", ["--ssl-keyfile", "--model", "--port", "--host", "--served-model-name", "--uds"]
+)
 def test_flags_that_the_image_owns(flag: str) -> None:
     with pytest.raises(InputError, match="cannot be an engine argument"):
         load_spec(None, {"model": "org/a", "engine_args": (flag, "x")})
