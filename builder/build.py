@@ -142,9 +142,11 @@ def build(
     lock_path: Path | None = None,
     locked: bool = False,
 ) -> BuiltImage:
+    # The cheapest checks first: a wrong name should not cost a pull, nor a wrong base or flag a download.
+    models.parse_ref(spec.model, spec.revision)
     if locked:
         lockfile.require_locked(spec, lock_path)
-    base = inspect_base(spec, engine, reporter)  # first: a wrong base or flag should not cost a download
+    base = inspect_base(spec, engine, reporter)
     snapshot = resolve_model(spec, reporter, lock_path=lock_path, locked=locked)
     if spec.quantize:  # before the long work; the exact check comes when the sizes are known
         require_space(engine.data_root, snapshot.lock.total_bytes)

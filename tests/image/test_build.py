@@ -321,6 +321,12 @@ def test_wrong_input_is_one_message(
     assert done.out == ""
 
 
+def test_missing_model_is_told_before_a_base_is_pulled() -> None:
+    done = coldstart("build", "./no/such/folder")  # the default base is not here
+    assert (done.code, done.out) == (3, "")
+    assert "Pulling" not in done.err
+
+
 def test_no_engine_answers(model: str) -> None:
     done = coldstart("build", model, env={"DOCKER_HOST": "unix:///no/engine.sock"})
     assert done.code == 4
