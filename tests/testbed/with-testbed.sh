@@ -71,6 +71,7 @@ make_base() {
   "$PYTHON" -m pip download --quiet --no-deps torch==2.13.0 --dest "$COLDSTART_CACHE/wheels" >&2
   ca=$(ca_bundle)
   "$ROOT/.venv/bin/coldstart" base cpu --from "$debian" --wheels "$COLDSTART_CACHE/wheels" ${ca:+--ca "$ca"} >&2
+  docker image prune -f --filter label=dev.coldstart.base.device=cpu >/dev/null # the base before this one
   echo "$recipe" >"$stamp"
 }
 
