@@ -357,7 +357,7 @@ def test_quantizing_what_is_quantized_is_refused(tmp_path: Path, base: str) -> N
 )
 def test_ctrl_c_leaves_nothing_half_made(step: str, tmp_path: Path, base: str, engine: DockerEngine) -> None:
     # A model of its own, so that its weights image is not there yet; large enough to be caught sending it.
-    folder = write_model(tmp_path / f"m{abs(hash(step)) % 1000}-{time.time_ns()}")
+    folder = write_model(tmp_path / f"model-{time.time_ns()}")
     _grow(folder, 200 << 20)
     before = _dangling(engine), _containers()
     tag = f"{PREFIX}/interrupted:1"

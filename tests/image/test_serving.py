@@ -126,10 +126,8 @@ def test_sigterm_during_start_up_exits_cleanly(
 ) -> None:
     container = start(plain["tag"])
     time.sleep(seconds)
-    begun = time.monotonic()
-    code = container.stop(20)
-    assert code == 0, container.logs()[-2000:]
-    assert time.monotonic() - begun < 20  # it was not the SIGKILL
+    # A SIGKILL, which follows when SIGTERM is not obeyed, would give 137.
+    assert container.stop(20) == 0, container.logs()[-2000:]
 
 
 def test_port_in_use_is_told(plain: Any, start: Callable[..., Container]) -> None:
