@@ -72,7 +72,9 @@ def resolve_model(
     )
     pinned = lockfile.pinned(spec, lock)
     snapshot = models.resolve(
-        models.parse_ref(pinned.model, pinned.revision), reporter, models.Choice(spec.include, spec.exclude)
+        models.parse_ref(pinned.model, pinned.revision),
+        reporter,
+        models.Choice(spec.include, spec.exclude, spec.trust_remote_code),
     )
     if locked and lock:
         lockfile.require_same(lock, snapshot.lock)
@@ -81,12 +83,20 @@ def resolve_model(
     return snapshot
 
 
-def quantize_model(
+def prepare_model(
     spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
 ) -> models.ModelSnapshot:
-    """The snapshot that the image will carry: quantized where asked for, else the same."""
-    if spec.quantize is None:
-        return snapshot
+    """The snapshot that the image will carry: quantized and in smaller shards where asked for."""
+    if spec.quantize:
+        snapshot = _quantize(spec, snapshot, reporter)
+    if spec.max_shard_size:
+        from builder.reshard import reshard
+
+        snapshot = reshard(snapshot, spec.max_shard_size, cache=cache_folder(), reporter=reporter)
+    return snapshot
+
+
+def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter) -> models.ModelSnapshot:
     from builder.quantize import quantize_awq
 
     recipe, documents = choose_quantization(spec, snapshot)
@@ -150,7 +160,7 @@ def build(
     snapshot = resolve_model(spec, reporter, lock_path=lock_path, locked=locked)
     if spec.quantize:  # before the long work; the exact check comes when the sizes are known
         require_space(engine.data_root, snapshot.lock.total_bytes)
-    snapshot = quantize_model(spec, snapshot, reporter)
+    snapshot = prepare_model(spec, snapshot, reporter)
     plan = make_plan(spec, snapshot.lock, base)
     weights = engine.image(plan.weights.tag)
     reused = weights is not None and weights.labels.get("dev.coldstart.weights.key") == plan.weights.key

@@ -62,6 +62,13 @@ Include = Annotated[
 ]
 Exclude = Annotated[list[str] | None, typer.Option(help="Leave out files that match; may be repeated.")]
 ServedName = Annotated[str | None, typer.Option("--served-model-name", help="Name that clients use.")]
+RemoteCode = Annotated[
+    bool | None,
+    typer.Option("--trust-remote-code", help="Take the repository's own Python too; it runs in the image."),
+]
+MaxShardSize = Annotated[
+    str | None, typer.Option(help="Split the weights into shards of at most this, e.g. 500MiB.")
+]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", help="coldstart.yaml; flags win over it.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -80,6 +87,8 @@ def _request(
     include: Include = None,
     exclude: Exclude = None,
     served_model_name: ServedName = None,
+    trust_remote_code: RemoteCode = None,
+    max_shard_size: MaxShardSize = None,
     file: SpecFile = None,
 ) -> tuple[ImageSpec, Path | None]:
     """What build, plan and render are asked for, alike in all three."""
@@ -99,6 +108,8 @@ def _request(
         "include": tuple(include or ()),
         "exclude": tuple(exclude or ()),
         "served_model_name": served_model_name,
+        "trust_remote_code": trust_remote_code,
+        "max_shard_size": max_shard_size,
     }
     return load_spec(file, flags), file
 
@@ -205,7 +216,7 @@ def render(
 
     reporter = _reporter()
     snapshot = pipeline.resolve_model(spec, reporter, lock_path=lockfile.beside(file))
-    snapshot = pipeline.quantize_model(spec, snapshot, reporter)
+    snapshot = pipeline.prepare_model(spec, snapshot, reporter)
     made = make_plan(spec, snapshot.lock, _known_base(spec, reporter))
     write(made, snapshot.root, output)
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from builder import __version__
 from builder.errors import InputError
 from builder.models import ModelLock
 from builder.spec import ImageSpec
 
 NAME = "coldstart.lock"
-SCHEMA = 1
+SCHEMA = 2
+_TOOLS = ("coldstart", "huggingface_hub", "safetensors")
 
 
 class Drift(StrEnum):
@@ -36,27 +37,38 @@ class Request(BaseModel):
     revision: str | None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     @classmethod
     def of(cls, spec: ImageSpec) -> Request:
         # A folder is named relative to the file, so that the lock is the same on every machine.
         path = Path(spec.model)
         name = path.name if path.is_dir() else spec.model
-        return cls(model=name, revision=spec.revision, include=spec.include, exclude=spec.exclude)
+        return cls(
+            model=name,
+            revision=spec.revision,
+            include=spec.include,
+            exclude=spec.exclude,
+            trust_remote_code=spec.trust_remote_code,
+        )
 
 
 class LockFile(BaseModel):
-    """Canonical: writing the same content twice gives the same bytes."""
+    """Canonical: writing the same content twice gives the same bytes. tools: releases that wrote it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = SCHEMA
-    coldstart_version: str = __version__
+    tools: dict[str, str]
     request: Request
     model: ModelLock
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
+
+
+class _Versioned(BaseModel):
+    schema_version: int
 
 
 def beside(spec_file: Path | None) -> Path | None:
@@ -70,25 +82,31 @@ def read(path: Path) -> LockFile | None:
         data = path.read_bytes()
     except FileNotFoundError:
         return None
+    again = "Delete it and build without --locked."
     try:
-        lock = LockFile.model_validate_json(data)
+        schema = _Versioned.model_validate_json(data).schema_version
+        if schema != SCHEMA:
+            raise InputError(f"{path} has schema {schema}, this coldstart reads {SCHEMA}", fix=again)
+        return LockFile.model_validate_json(data)
     except ValidationError as error:
-        raise InputError(
-            f"{path} is damaged",
-            why=str(error.errors()[0]["msg"]),
-            fix="Delete it and build without --locked.",
-        ) from None
-    if lock.schema_version != SCHEMA:
-        raise InputError(
-            f"{path} has schema {lock.schema_version}, this coldstart reads {SCHEMA}",
-            fix="Delete it and build without --locked.",
-        )
-    return lock
+        raise InputError(f"{path} is damaged", why=str(error.errors()[0]["msg"]), fix=again) from None
+
+
+def tools(spec: ImageSpec) -> dict[str, str]:
+    """Releases that decide what a build makes of this request, by distribution name."""
+    found = {name: version(name) for name in _TOOLS}
+    if spec.quantize:
+        from builder.quantize import QUANTIZER_REQUIREMENTS
+
+        for requirement in QUANTIZER_REQUIREMENTS:
+            name, _, release = requirement.partition("==")
+            found[name] = release
+    return found
 
 
 def write(path: Path, spec: ImageSpec, model: ModelLock) -> None:
     """Atomically, and only when the content differs, so that the file's time says when it changed."""
-    content = LockFile(request=Request.of(spec), model=model).to_bytes()
+    content = LockFile(tools=tools(spec), request=Request.of(spec), model=model).to_bytes()
     if path.exists() and path.read_bytes() == content:
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from builder.report import Reporter
 
 # What serving needs. Everything else in a repository (other formats, training state) stays out.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
+_CODE = ("*.py",)
 _UNWANTED = ("training_args*", "trainer_state*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.bak")
 _UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf", "runs", "checkpoints"})
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_SHARD_INDEX = "model.safetensors.index.json"
+SHARD_INDEX = "model.safetensors.index.json"
 _HASH_CHUNK = 1 << 20
 # The hub's rules: at most 96 characters a part, no "--" or "..", not ending in .git.
 _HUB_NAME = re.compile(
@@ -50,7 +52,9 @@ class LockedFile(BaseModel):
 class ModelLock(BaseModel):
     """What exactly is served: every file with size and digest, and what the configuration says.
 
-    name: what clients call it; source: "hf://org/name" or "folder"; revision: commit SHA, None for a folder.
+    name: what clients call it; source: "hf://org/name" or "folder"; revision: commit SHA, None for a folder;
+    parameters: how many numbers the weights are, None where packed weights hide it; remote_code: the
+    repository's own Python comes along and runs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,7 +65,9 @@ class ModelLock(BaseModel):
     license: str | None
     architectures: tuple[str, ...]
     dtype: str | None
+    parameters: int | None
     quantization: str | None
+    remote_code: bool = False
     files: tuple[LockedFile, ...]
 
     def canonical(self) -> bytes:
@@ -122,10 +128,14 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which of the files that serving needs are taken: shell patterns over the path. Empty include: all."""
+    """Which of the files that serving needs are taken: shell patterns over the path. Empty include: all.
+
+    remote_code: the repository's own Python too.
+    """
 
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    remote_code: bool = False
 
     def keeps(self, path: str) -> bool:
         if self.include and not any(fnmatchcase(path, pattern) for pattern in self.include):
@@ -183,11 +193,17 @@ class _DamagedError(Exception):
 
 
 def snapshot_of_folder(root: Path, origin: ModelLock, reporter: Reporter) -> ModelSnapshot:
-    """The snapshot of a folder that was derived from `origin` (quantized): same name, source and licence."""
+    """The snapshot of a folder that was derived from `origin` (quantized or resharded): same name, source."""
     derived = _snapshot(
-        root, name=origin.name, source=origin.source, revision=origin.revision, reporter=reporter
+        root,
+        name=origin.name,
+        source=origin.source,
+        revision=origin.revision,
+        reporter=reporter,
+        choice=Choice(remote_code=origin.remote_code),
     )
-    return ModelSnapshot(derived.lock.model_copy(update={"license": origin.license}), root)
+    kept = {"license": origin.license, "parameters": origin.parameters}
+    return ModelSnapshot(derived.lock.model_copy(update=kept), root)
 
 
 def _snapshot(
@@ -209,8 +225,11 @@ def _snapshot(
             raise _DamagedError(damaged)
     config = _read_config(root)
     _require_safetensors(root, paths)
-    _check_shards(root, paths)
+    shapes = _check_shards(root, paths)
     files = files or _hash_files(root, paths, reporter)
+    quantization = describe_quantization(config)
+    if config.get("auto_map") and not choice.remote_code:
+        reporter.note("config.json names code of the repository; without --trust-remote-code it stays out")
     dtype = config.get("dtype") or config.get("torch_dtype")
     lock = ModelLock(
         name=name,
@@ -219,7 +238,9 @@ def _snapshot(
         license=_licence(root),
         architectures=tuple(str(a) for a in config.get("architectures") or ()),
         dtype=str(dtype) if dtype else None,
-        quantization=describe_quantization(config),
+        parameters=None if quantization else sum(math.prod(shape) for shape in shapes.values()),
+        quantization=quantization,
+        remote_code=choice.remote_code,
         files=tuple(files),
     )
     return ModelSnapshot(lock, root)
@@ -281,14 +302,15 @@ def _wanted_paths(paths: Iterable[str], choice: Choice) -> list[str]:
         parts = Path(path).parts
         if any(part.startswith(".") or part in _UNWANTED_FOLDERS for part in parts):
             continue
-        if not _matches(parts[-1], _WANTED) or _matches(parts[-1], _UNWANTED):
+        wanted_names = _WANTED + (_CODE if choice.remote_code else ())
+        if not _matches(parts[-1], wanted_names) or _matches(parts[-1], _UNWANTED):
             continue
         if not path.isprintable() or ".." in parts or Path(path).is_absolute():
             raise ModelError(f"the model has a file with an unusable name: {path!r}", fix="Rename it.")
         if choice.keeps(path):
             wanted.append(path)
     shards = [path for path in wanted if path.endswith(".safetensors")]
-    if _SHARD_INDEX in wanted or "model.safetensors" in wanted:
+    if SHARD_INDEX in wanted or "model.safetensors" in wanted:
         # Some repositories carry the same weights twice, e.g. also as consolidated.safetensors.
         wanted = [path for path in wanted if path not in shards or Path(path).name.startswith("model")]
     return sorted(wanted)
@@ -313,33 +335,38 @@ def _require_safetensors(root: Path, paths: Sequence[str]) -> None:
     )
 
 
-def _check_shards(root: Path, paths: Sequence[str]) -> None:
-    """Every header parses and fits its file, and the index names tensors that are really there."""
-    tensors = {path: _tensor_names(root / path) for path in paths if path.endswith(".safetensors")}
-    if _SHARD_INDEX not in paths:
-        return
+def _check_shards(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Every header parses and fits its file, and the index names tensors that are really there.
+
+    Returns the shape of every tensor by its name.
+    """
+    tensors = {path: _tensor_shapes(root / path) for path in paths if path.endswith(".safetensors")}
+    shapes = {name: shape for shard in tensors.values() for name, shape in shard.items()}
+    if SHARD_INDEX not in paths:
+        return shapes
     try:
-        weight_map: Mapping[str, str] = json.loads((root / _SHARD_INDEX).read_bytes())["weight_map"]
+        weight_map: Mapping[str, str] = json.loads((root / SHARD_INDEX).read_bytes())["weight_map"]
         wanted = {name: str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{_SHARD_INDEX} is damaged", why=f"{error!r}.", fix="Get it again.") from None
+        raise ModelError(f"{SHARD_INDEX} is damaged", why=f"{error!r}.", fix="Get it again.") from None
     for name, shard in sorted(wanted.items()):
         if shard not in tensors:
             raise ModelError(
-                f"the shard {shard} is missing", why=f"{_SHARD_INDEX} names it.", fix="Get the whole model."
+                f"the shard {shard} is missing", why=f"{SHARD_INDEX} names it.", fix="Get the whole model."
             )
         if name not in tensors[shard]:
             raise ModelError(
-                f"{shard} has no tensor {name!r}", why=f"{_SHARD_INDEX} says so.", fix="Get the shard again."
+                f"{shard} has no tensor {name!r}", why=f"{SHARD_INDEX} says so.", fix="Get the shard again."
             )
+    return shapes
 
 
-def _tensor_names(path: Path) -> frozenset[str]:
+def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as shard:
-            return frozenset(shard.keys())
+            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"the shard {path.name} is truncated or corrupt", why=f"{error}.", fix="Get this file again."

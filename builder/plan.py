@@ -152,7 +152,11 @@ def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
         tag=spec.tag or default_tag(lock, spec),
         model_path=model_path,
         served_model_name=spec.served_model_name or lock.name,
-        engine_args=_ENGINE_DEFAULTS[base.device] + spec.engine_args,
+        engine_args=(
+            *_ENGINE_DEFAULTS[base.device],
+            *(("--trust-remote-code",) if lock.remote_code else ()),
+            *spec.engine_args,
+        ),
         environment=tuple(sorted(environment.items())),
         labels=tuple(sorted(_labels(lock, base).items())),
         weights=_plan_weights(lock, base, model_path, spec.max_layer_bytes),
@@ -182,6 +186,7 @@ def _labels(lock: ModelLock, base: BaseImage) -> dict[str, str]:
         f"{_LABEL}.device": base.device,
         f"{_LABEL}.model.digest": f"sha256:{lock.digest}",
         f"{_LABEL}.quantization": lock.quantization or "none",
+        f"{_LABEL}.remote-code": "yes" if lock.remote_code else "no",
         f"{_LABEL}.vllm": base.vllm_version or "unknown",
     }
     if base.id:

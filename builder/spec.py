@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from builder.errors import InputError
 
@@ -39,6 +39,7 @@ _OWNED_FLAGS = {
     "--port": "`docker run -p HOST_PORT:8000`",
     "--uds": "`docker run -p HOST_PORT:8000`",
     "--revision": "--revision before the `--`",
+    "--trust-remote-code": "--trust-remote-code before the `--`",
     "--api-server-count": "more replicas",
     "--ssl-keyfile": "a proxy in front of the container: PID 1 speaks plain HTTP",
     "--ssl-certfile": "a proxy in front of the container: PID 1 speaks plain HTTP",
@@ -64,6 +65,8 @@ class ImageSpec(BaseModel):
     exclude: tuple[str, ...] = ()
     served_model_name: str | None = None
     engine_args: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+    max_shard_size: ByteSize | None = Field(default=None, ge=1 << 20)
     max_layer_bytes: int = Field(default=1 << 30, ge=1 << 20)
 
     @field_validator("base", "tag", "platform")
@@ -95,6 +98,12 @@ def load_spec(path: Path | None, flags: Mapping[str, Any]) -> ImageSpec:
     except ValidationError as error:
         raise InputError(_first_problem(error, path)) from None
     check_engine_args(spec.engine_args)
+    if spec.trust_remote_code and spec.quantize:
+        raise InputError(
+            "--quantize does not go with --trust-remote-code",
+            why="Quantizing runs the model on this machine; a repository's code runs only in the image.",
+            fix="Leave one of them out, or name a checkpoint that its authors quantized.",
+        )
     if spec.calibration and not spec.quantize:
         raise InputError("calibration without quantization does nothing", fix="Add --quantize awq.")
     return spec

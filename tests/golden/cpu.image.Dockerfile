@@ -1,9 +1,10 @@
 # Everything that changes more often than the weights.
-FROM coldstart/weights:fdc8b8124e78484b
+FROM coldstart/weights:cb1a5695685d4be7
 LABEL "dev.coldstart.role"="server" \
       "dev.coldstart.device"="cpu" \
-      "dev.coldstart.model.digest"="sha256:8e28aa5db341772ec32392f9fe1cd05b6841839733747558c9a57c38df3618fe" \
+      "dev.coldstart.model.digest"="sha256:3f67e8a062fad2f11ffd6e53d1750404508f7e82e60f0016c0265bc64c5bf07f" \
       "dev.coldstart.quantization"="none" \
+      "dev.coldstart.remote-code"="no" \
       "dev.coldstart.version"="0.1.0" \
       "dev.coldstart.vllm"="0.32.0" \
       "org.opencontainers.image.base.digest"="sha256:b" \

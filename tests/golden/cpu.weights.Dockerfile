@@ -1,5 +1,5 @@
 # The model on top of the base image; rebuilt only when one of the two changes.
 FROM base:1
-LABEL "dev.coldstart.model.digest"="sha256:8e28aa5db341772ec32392f9fe1cd05b6841839733747558c9a57c38df3618fe" "dev.coldstart.role"="weights" "dev.coldstart.weights.key"="fdc8b8124e78484b0362c5edcdf66ea620774ca81e083bbee97a4aa12042df82"
+LABEL "dev.coldstart.model.digest"="sha256:3f67e8a062fad2f11ffd6e53d1750404508f7e82e60f0016c0265bc64c5bf07f" "dev.coldstart.role"="weights" "dev.coldstart.weights.key"="cb1a5695685d4be7a7acb0e0e9af325da3a64c3809b116364c2ace2729af7ed5"
 COPY ["layers/00/", "/models/Tiny-1B/"]
 COPY ["layers/01/", "/models/Tiny-1B/"]

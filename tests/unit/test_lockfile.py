@@ -63,7 +63,23 @@ def test_locked_refuses_a_missing_or_stale_lock_and_a_changed_model(spec_file: P
     assert spec_file.with_name("coldstart.lock").read_bytes() == lock  # a refusal changes nothing
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"schema_version": 9}'])
+def test_lock_names_what_made_it_and_what_the_model_is(spec_file: Path) -> None:
+    _resolve(spec_file)
+    lock = lockfile.read(spec_file.with_name("coldstart.lock"))
+    assert lock is not None
+    assert set(lock.tools) == {"coldstart", "huggingface_hub", "safetensors"}
+    quantized = lockfile.tools(ImageSpec(model="org/a", quantize="awq"))
+    assert {"llmcompressor", "torch"} <= set(quantized)
+    assert (lock.model.parameters, lock.model.dtype, lock.model.quantization) == (32, "bfloat16", None)
+
+
+def test_lock_of_another_schema_is_told(spec_file: Path) -> None:
+    spec_file.with_name("coldstart.lock").write_text('{"schema_version": 1, "coldstart_version": "0"}')
+    with pytest.raises(InputError, match="has schema 1"):
+        _resolve(spec_file)
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"schema_version": 2}'])
 def test_damaged_lock_is_told(spec_file: Path, content: bytes) -> None:
     spec_file.with_name("coldstart.lock").write_bytes(content)
     with pytest.raises(InputError, match="is damaged"):
@@ -73,7 +89,7 @@ def test_damaged_lock_is_told(spec_file: Path, content: bytes) -> None:
 def test_branch_is_followed_once(spec_file: Path) -> None:
     locked = _resolve(spec_file).lock.model_copy(update={"revision": "c" * 40, "source": "hf://org/a"})
     spec = ImageSpec(model="org/a@main")
-    lock = lockfile.LockFile(request=lockfile.Request.of(spec), model=locked)
+    lock = lockfile.LockFile(tools={}, request=lockfile.Request.of(spec), model=locked)
     pinned = lockfile.pinned(spec, lock)
     assert (pinned.model, pinned.revision) == ("org/a", "c" * 40)
     assert lockfile.pinned(ImageSpec(model="org/b"), lock).revision is None

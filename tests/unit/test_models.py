@@ -57,6 +57,21 @@ def test_include_and_exclude_narrow_the_choice(tmp_path: Path) -> None:
         resolve(ref, SilentReporter(), Choice(exclude=("model-00002*",)))
 
 
+def test_code_of_the_repository_comes_only_when_asked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny", config={"auto_map": {"AutoConfig": "mine.Config"}})
+    (folder / "mine.py").write_text("")
+    plain = _resolve(folder).lock
+    trusted = resolve(parse_ref(str(folder)), SilentReporter(), Choice(remote_code=True)).lock
+    assert {f.path for f in trusted.files} - {f.path for f in plain.files} == {"mine.py"}
+    assert (plain.remote_code, trusted.remote_code) == (False, True)
+
+
+def test_parameters_are_counted_where_weights_are_not_packed(tmp_path: Path) -> None:
+    assert _resolve(write_model(tmp_path / "a", shards=3)).lock.parameters == 3 * 16
+    packed = {"quantization_config": {"quant_method": "awq", "bits": 4}}
+    assert _resolve(write_model(tmp_path / "b", config=packed)).lock.parameters is None
+
+
 def test_digest_changes_with_any_byte(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tiny")
     before = _resolve(folder).lock.digest

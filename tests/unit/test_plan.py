@@ -24,6 +24,7 @@ def lock(name: str = "org/Tiny-1B", files: tuple[LockedFile, ...] | None = None)
         license="apache-2.0",
         architectures=("LlamaForCausalLM",),
         dtype="bfloat16",
+        parameters=1_000_000,
         quantization=None,
         files=files or default,
     )
@@ -109,3 +110,15 @@ def test_layer_bound_holds_where_a_file_allows() -> None:
         LockedFile(path=f"m{i}.safetensors", size=size, sha256="") for i, size in enumerate([5, 5, 20, 1])
     ]
     assert [[f.size for f in layer] for layer in pack_layers(files, 10)] == [[5, 5], [20], [1]]
+
+
+def test_remote_code_is_in_label_and_arguments() -> None:
+    trusted = make_plan(
+        ImageSpec(model="org/Tiny-1B", trust_remote_code=True),
+        lock().model_copy(update={"remote_code": True}),
+        BaseImage("base:1", "sha256:b", "cuda", "0.32.0"),
+    )
+    assert trusted.engine_args == ("--trust-remote-code",)
+    assert dict(trusted.labels)["dev.coldstart.remote-code"] == "yes"
+    assert dict(plan().labels)["dev.coldstart.remote-code"] == "no"
+    assert trusted.manifest["model"]["remote_code"] is True

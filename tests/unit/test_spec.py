@@ -114,3 +114,17 @@ def test_missing_file_and_missing_model(tmp_path: Path) -> None:
         load_spec(tmp_path / "none.yaml", {})
     with pytest.raises(InputError, match="no model given"):
         load_spec(None, {"model": None})
+
+
+def test_sizes_have_units(tmp_path: Path) -> None:
+    assert load_spec(None, {"model": "org/a", "max_shard_size": "500MiB"}).max_shard_size == 500 << 20
+    for wrong in ("many", "1kB", "-5GB"):
+        with pytest.raises(InputError, match="max_shard_size"):
+            load_spec(None, {"model": "org/a", "max_shard_size": wrong})
+
+
+def test_remote_code_is_not_run_to_quantize_it() -> None:
+    with pytest.raises(InputError, match="--trust-remote-code"):
+        load_spec(None, {"model": "org/a", "quantize": "awq", "trust_remote_code": True})
+    with pytest.raises(InputError, match="before the `--`"):
+        load_spec(None, {"model": "org/a", "engine_args": ("--trust-remote-code",)})
