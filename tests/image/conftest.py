@@ -106,12 +106,19 @@ def base() -> str:
 
 @pytest.fixture(scope="session")
 def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[..., Any]]:
-    """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end."""
+    """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end.
+
+    folder: another model than the real one.
+    """
     tags: list[str] = []
 
-    def run(name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS) -> Any:
+    def run(
+        name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS, folder: Path | None = None
+    ) -> Any:
         tag = f"{PREFIX}/{name}"
-        done = coldstart(*("build", model, "--base", base, "-t", tag, "--json", *flags), "--", *engine_args)
+        done = coldstart(
+            *("build", str(folder or model), "--base", base, "-t", tag, "--json", *flags), "--", *engine_args
+        )
         assert done.code == 0, done.err
         tags.append(tag)
         return done.json
