@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     from runtime import settings as settings_module
 
     command, rest = ("serve", argv)
-    if argv and argv[0] in ("serve", "health"):
+    if argv and argv[0] in ("serve", "health", "warm"):
         command, rest = argv[0], argv[1:]
     try:
         manifest = settings_module.read_manifest()
@@ -35,6 +35,7 @@ def main(argv: list[str]) -> int:
             from runtime.health import check_pid1
 
             return check_pid1(manifest)
+        output = settings_module.take_output(rest) if command == "warm" else None
         parse_started = time.time()
         settings = settings_module.load(rest, os.environ, manifest)
     except settings_module.SettingsError as error:
@@ -46,6 +47,11 @@ def main(argv: list[str]) -> int:
         check(manifest)
     except PreflightError as error:
         return _stop(str(error), EXIT_PREFLIGHT)
+
+    if output:
+        from runtime.warm import warm
+
+        return warm(settings, rest, output)
 
     from runtime.supervisor import Supervisor
 

@@ -26,6 +26,7 @@ class Manifest:
     served_model_name: str
     device: str
     engine_args: tuple[str, ...]
+    shards: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -36,6 +37,7 @@ class Manifest:
                 served_model_name=data["model"]["served_name"],
                 device=data["device"],
                 engine_args=tuple(data["engine_args"]),
+                shards=tuple(f["path"] for f in data["model"]["files"] if f["path"].endswith(".safetensors")),
             )
         except FileNotFoundError:
             raise SettingsError(f"{path} is missing: this image was not made by `coldstart build`") from None
@@ -148,6 +150,16 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         drain_timeout=known.drain_timeout,
         engine_args=tuple(rest),
     )
+
+
+def take_output(argv: list[str]) -> Path:
+    """Take `--output FOLDER` out of the arguments of `warm`. Raises SettingsError."""
+    if "--output" not in argv[:-1]:
+        raise SettingsError("warm needs --output FOLDER, the folder to write to")
+    at = argv.index("--output")
+    folder = Path(argv[at + 1])
+    del argv[at : at + 2]
+    return folder
 
 
 def read_manifest(environ: Mapping[str, str] = os.environ) -> Manifest:

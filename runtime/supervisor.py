@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from runtime import processes, trace
+from runtime import prefetch, processes, trace
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
 from runtime.phases import Phase, PhaseEvent, now
@@ -72,6 +72,8 @@ class Supervisor:
         self._front = Front(listener, self._lifecycle, _BACKLOG)
         await self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
+        manifest = self._settings.manifest
+        prefetch.start(Path(manifest.model_path), manifest.shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)

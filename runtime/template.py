@@ -11,11 +11,13 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
 import threading
 import traceback
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 
-from runtime import processes, trace
+from runtime import prefetch, processes, record, shortcuts, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 
@@ -65,16 +67,28 @@ def _load() -> None:
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
     gc.disable()
+    recording = os.environ.get(record.VARIABLE)
+    if recording:
+        record.start(Path(recording))
+    structures = shortcuts.ImportStructures(shortcuts.read_structures(prefetch.STATE / shortcuts.STRUCTURES))
+    sys.meta_path.insert(0, structures)
     with trace.span(Phase.ENGINE_IMPORT):
         _fork_from_template()
         _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
+    if recording:
+        shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
+    missing = trace.install(device)
+    if device == "cpu" and not shortcuts.allocate_kv_cache_lazily():
+        missing.append("vllm.v1.worker.utils.allocate_kv_cache")
     gc.freeze()
     gc.enable()
-    missing = trace.install(device)
     if missing:
-        print(f"coldstart: this vLLM lacks {', '.join(missing)}; these phases are not reported", flush=True)
+        print(
+            f"coldstart: this vLLM lacks {', '.join(missing)}; its start is slower or less visible",
+            flush=True,
+        )
     if threading.active_count() != 1:
         names = [thread.name for thread in threading.enumerate()]
         print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)

@@ -1,0 +1,130 @@
+"""What vLLM and its libraries do slowly at a start, done later, beforehand or not at all.
+
+Each shortcut replaces one function in the template process, before the first fork, and none changes an
+answer. A release that lacks the function starts without the shortcut.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.machinery
+import marshal
+import mmap
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+STRUCTURES = "transformers-imports.marshal"
+# Smaller tensors come from the allocator's own pages.
+_LAZY_BYTES = 64 << 20
+
+Structures = dict[tuple[str, str | None], Any]
+
+
+def allocate_kv_cache_lazily() -> bool:
+    """Let the kernel zero a CPU's KV cache page by page as it is used, instead of all of it at the start.
+
+    False where this vLLM lacks the function. To be called once vLLM is imported.
+    """
+    runner: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    utils: Any = importlib.import_module("vllm.v1.worker.utils")
+    allocate: Any = getattr(utils, "allocate_kv_cache", None)
+    if allocate is None or getattr(runner, "allocate_kv_cache", None) is not allocate:
+        return False
+    utils.allocate_kv_cache = runner.allocate_kv_cache = _with_lazy_zeros(allocate)
+    return True
+
+
+def _with_lazy_zeros(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(allocate)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        zeros = torch.zeros
+        torch.zeros = _lazy_zeros(zeros)
+        try:
+            return allocate(*args, **kwargs)
+        finally:
+            torch.zeros = zeros
+
+    return wrapper
+
+
+def _lazy_zeros(zeros: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def lazy(size: Any, *, dtype: Any = None, device: Any = None, **kwargs: Any) -> Any:
+        bytes_only = isinstance(size, int) and dtype is torch.int8 and size >= _LAZY_BYTES
+        if bytes_only and torch.device(device or "cpu").type == "cpu":
+            return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype)
+        return zeros(size, dtype=dtype, device=device, **kwargs)
+
+    return lazy
+
+
+class ImportStructures(MetaPathFinder):
+    """What transformers finds by reading the text of all its 2,600 model files, remembered.
+
+    It does so twice at every import. To be put on sys.meta_path before transformers is imported. known: from
+    an earlier start of the same installation; what is asked for beyond it is found and added.
+    """
+
+    _MODULE = "transformers.utils.import_utils"
+
+    def __init__(self, known: Structures) -> None:
+        self.known = known
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self._MODULE:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def execute_and_replace(module: Any) -> None:
+            execute(module)
+            if hasattr(module, "define_import_structure"):
+                module.define_import_structure = self._remembered(module.define_import_structure)
+
+        spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        return spec
+
+    def _remembered(self, define: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(define)
+        def wrapper(module_path: Any, prefix: str | None = None) -> Any:
+            key = (str(module_path), prefix)
+            if key not in self.known:
+                self.known[key] = define(module_path, prefix)
+            return self.known[key]
+
+        return wrapper
+
+
+def _installation() -> tuple[str, ...]:
+    """What must be the same for remembered structures to hold: Python and the files of transformers."""
+    spec = importlib.machinery.PathFinder.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return ()
+    package = Path(spec.origin)
+    stats = [path.stat() for path in (package, package.parent / "models")]
+    return (sys.version, str(package), *(f"{s.st_size}:{s.st_mtime_ns}" for s in stats))
+
+
+def read_structures(path: Path) -> Structures:
+    """Empty where there are none, or those of another installation."""
+    try:
+        installation, structures = marshal.loads(path.read_bytes())  # noqa: S302 - root's, in the image
+    except (OSError, ValueError, EOFError, TypeError):
+        return {}
+    return dict(structures) if installation == _installation() else {}
+
+
+def write_structures(path: Path, structures: Structures) -> None:
+    path.write_bytes(marshal.dumps((_installation(), structures)))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from runtime import prefetch, record, shortcuts
+
+
+def test_files_are_asked_for_in_order_until_the_budget(tmp_path: Path) -> None:
+    for name, size in (("a", 10), ("b", 20), ("c", 30)):
+        (tmp_path / name).write_bytes(bytes(size))
+    paths = [str(tmp_path / name) for name in ("a", "missing", "b", "c")]
+    assert prefetch.read_ahead(paths, 1000) == 60
+    assert prefetch.read_ahead(paths, 35) == 30
+    assert prefetch.read_ahead(paths, 5) == 0
+
+
+def test_recorded_files_come_before_the_weights(tmp_path: Path, monkeypatch: Any) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(prefetch, "read_ahead", lambda paths, _: asked.append(list(paths)))
+    (tmp_path / prefetch.FILE_LIST).write_text("/lib/a.so\n/lib/b.py\n")
+    prefetch.start(Path("/models/m"), ["model.safetensors"], tmp_path).join()
+    prefetch.start(Path("/models/m"), ["model.safetensors"], tmp_path / "none").join()
+    assert asked == [
+        ["/lib/a.so", "/lib/b.py", "/models/m/model.safetensors"],
+        ["/models/m/model.safetensors"],
+    ]
+
+
+def test_files_that_a_process_reads_are_noted_once_and_in_order(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).write_text("x")
+    code = (
+        "import sys; from pathlib import Path; from runtime import record\n"
+        f"folder = Path({str(tmp_path)!r}); record.start(folder)\n"
+        "for name in ('two', 'one', 'two'): open(folder / name).read()\n"
+        "open(folder / 'written', 'w').close()\n"
+        "import decimal\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    noted = (tmp_path / record.OPENED).read_text().splitlines()
+    assert [Path(path).name for path in noted if path.startswith(str(tmp_path))] == ["two", "one"]
+    assert any("decimal" in path for path in noted)
+
+
+def _installation(folder: Path) -> None:
+    """A package that defines its import structure as transformers does, and counts how often."""
+    (folder / "transformers" / "utils").mkdir(parents=True)
+    (folder / "transformers" / "models").mkdir()
+    (folder / "transformers" / "utils" / "__init__.py").write_text("")
+    (folder / "transformers" / "utils" / "import_utils.py").write_text(
+        "calls = []\n"
+        "def define_import_structure(path, prefix=None):\n"
+        "    calls.append(path)\n"
+        "    return {frozenset({'torch'}): {f'{prefix}.llama': {'Llama'}}}\n"
+    )
+    (folder / "transformers" / "__init__.py").write_text(
+        "from .utils.import_utils import calls, define_import_structure\n"
+        "structure = [define_import_structure('models', 'models') for _ in range(2)]\n"
+    )
+
+
+_IMPORT = """
+import sys
+from pathlib import Path
+from runtime import shortcuts
+state = Path(sys.argv[1])
+finder = shortcuts.ImportStructures(shortcuts.read_structures(state))
+sys.meta_path.insert(0, finder)
+import transformers
+assert transformers.structure[0] == {frozenset({'torch'}): {'models.llama': {'Llama'}}}
+print(len(transformers.calls))
+shortcuts.write_structures(state, finder.known)
+"""
+
+
+def test_import_structures_are_found_once_for_an_installation(tmp_path: Path) -> None:
+    _installation(tmp_path)
+
+    def calls() -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORT, str(tmp_path / shortcuts.STRUCTURES)],
+            env={"PYTHONPATH": f"{tmp_path}:{Path(shortcuts.__file__).parent.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    assert calls() == 1  # the second question of the same start
+    assert calls() == 0
+    (tmp_path / "transformers" / "models" / "new").mkdir()  # another installation
+    assert calls() == 1
+    (tmp_path / shortcuts.STRUCTURES).write_bytes(b"damaged")
+    assert calls() == 1
