@@ -32,10 +32,10 @@ def allocate_kv_cache_lazily() -> bool:
     """
     runner: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner")
     utils: Any = importlib.import_module("vllm.v1.worker.utils")
-    allocate: Any = getattr(utils, "allocate_kv_cache", None)
-    if allocate is None or getattr(runner, "allocate_kv_cache", None) is not allocate:
+    functions = [getattr(module, "allocate_kv_cache", None) for module in (utils, runner)]
+    if functions[0] is None or functions[0] is not functions[1]:
         return False
-    utils.allocate_kv_cache = runner.allocate_kv_cache = _with_lazy_zeros(allocate)
+    utils.allocate_kv_cache = runner.allocate_kv_cache = _with_lazy_zeros(functions[0])
     return True
 
 
