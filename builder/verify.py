@@ -54,6 +54,12 @@ def verify(engine: DockerEngine, reference: str) -> list[Check]:
     return checks
 
 
+def read_manifest(engine: DockerEngine, reference: str) -> dict[str, Any]:
+    """The image's manifest. Raises InputError without the image, VerifyError when it is not ours."""
+    engine.require_image(reference)
+    return _read_own_files(engine, reference)[0]
+
+
 def _read_own_files(engine: DockerEngine, reference: str) -> tuple[dict[str, Any], int, list[str]]:
     manifest: dict[str, Any] | None = None
     mode, tokens = 0, []

@@ -37,8 +37,12 @@ def main(argv: list[str]) -> int:
             return check_pid1(manifest)
         parse_started = time.time()
         settings = settings_module.load(rest, os.environ, manifest)
+        api_key = settings_module.read_api_key(os.environ)
     except settings_module.SettingsError as error:
         return _stop(str(error), EXIT_SETTINGS)
+
+    if api_key:
+        os.environ["VLLM_API_KEY"] = api_key  # where vLLM looks for it; an argument would be in its log
 
     from runtime.preflight import PreflightError, check
 
