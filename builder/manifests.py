@@ -278,7 +278,9 @@ def _name(request: Request) -> str:
 def _container(server: Server, name: str, command: Sequence[str] = ()) -> Document:
     """command: in place of the image's entrypoint and the server's arguments."""
     request = server.request
-    environment = [{"name": key, "value": value} for key, value in _environment(server).items()]
+    environment: list[Document] = [
+        {"name": key, "value": value} for key, value in _environment(server).items()
+    ]
     if request.hf_token_secret:
         reference = {"name": request.hf_token_secret, "key": _HF_TOKEN}
         environment.append({"name": _HF_TOKEN, "valueFrom": {"secretKeyRef": reference}})

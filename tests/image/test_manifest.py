@@ -56,7 +56,7 @@ def container(pod: Any, tmp_path: Path) -> Iterator[Container]:
         shm_size=_docker_size(shm["sizeLimit"]),
         tmpfs={folders["tmp"]: "exec"},
         volumes={str(secret): {"bind": folders["api-key"], "mode": "ro"}},
-        ports={f"{server['ports'][0]['containerPort']}/tcp": ("127.0.0.1", None)},
+        ports={f"{server['ports'][0]['containerPort']}/tcp": ("127.0.0.1", 0)},
     )
     found = Container(client, made.id or "", time.time())
     try:

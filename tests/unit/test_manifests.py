@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
+import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
@@ -237,7 +237,7 @@ def test_probes_ask_what_the_runtime_answers() -> None:
     ],
 )
 def test_gpus_and_shared_memory_follow_the_parallelism(
-    engine_args: tuple[str, ...], options: dict[str, int], gpus: int, args: list[str] | None
+    engine_args: tuple[str, ...], options: dict[str, Any], gpus: int, args: list[str] | None
 ) -> None:
     manifest = manifest_of(ImageSpec(model="org/m", engine_args=engine_args), GIB)
     [pod] = pods(documents("k8s", manifest, **options))
@@ -277,8 +277,8 @@ def test_mounted_and_downloaded_weights_have_a_volume() -> None:
     assert {"name": "weights", "mountPath": "/models"} in pod["containers"][0]["volumeMounts"]
     token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "HF_TOKEN"}}}
     assert token in pod["containers"][0]["env"]
-    for manifest, options in ((mounted, {"weights_claim": "v"}), (downloaded, {"hf_token_secret": "x"})):
-        PyCompose.from_yaml(render("compose", Request("r.example.com/m:1", **options), manifest))
+    PyCompose.from_yaml(render("compose", Request("r.example.com/m:1", weights_claim="v"), mounted))
+    PyCompose.from_yaml(render("compose", Request("r.example.com/m:1", hf_token_secret="x"), downloaded))
 
 
 def test_api_key_is_a_file_where_the_runtime_looks_and_workers_do_not_get_it() -> None:
