@@ -284,6 +284,46 @@ def bench(
         raise VerifyError("some starts failed", fix="Their reasons stand above and in the raw samples.")
 
 
+@app.command()
+def manifest(
+    kind: Annotated[str, typer.Argument(help="k8s, keda, kserve, compose or lws.", metavar="KIND")],
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
+    name: Annotated[str | None, typer.Option(help="Name of the objects; default: the image's.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="Servers [1]; with keda the most of them.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each pod; default: what the image is built for.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=2, help="lws: nodes of each server.")] = None,
+    host: Annotated[str | None, typer.Option(help="keda: the host that requests are sent to.")] = None,
+    api_key_secret: Annotated[
+        str | None, typer.Option(help="Secret with the key `api-key`; with compose a file.")
+    ] = None,
+    weights_claim: Annotated[
+        str | None, typer.Option(help="PersistentVolumeClaim of mounted weights; with compose a volume.")
+    ] = None,
+    hf_token_secret: Annotated[
+        str | None, typer.Option(help="Secret with the key `HF_TOKEN`, for downloaded weights.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+) -> None:
+    """Print a manifest that runs the image: Kubernetes, KEDA, KServe, Compose or LeaderWorkerSet."""
+    from builder import manifests
+    from builder.docker_engine import DockerEngine
+    from builder.verify import read_manifest
+
+    manifests.check_kind(kind)
+    request = manifests.Request(
+        image, name, replicas, gpus, nodes, host, api_key_secret, weights_claim, hf_token_secret
+    )
+    text = manifests.render(kind, request, read_manifest(DockerEngine(), image))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text)
+
+
 @base_app.command("cpu")
 def base_cpu(
     from_image: Annotated[

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
+
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
 
 
@@ -128,8 +130,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         "host": environ.get("COLDSTART_HOST", "0.0.0.0"),  # noqa: S104 - a container serves its network
         "port": int(number("COLDSTART_PORT", 8000)),
         "served_model_name": environ.get("COLDSTART_SERVED_MODEL_NAME", manifest.served_model_name),
-        "drain_delay": number("COLDSTART_DRAIN_DELAY", 5.0),
-        "drain_timeout": number("COLDSTART_DRAIN_TIMEOUT", 30.0),
+        "drain_delay": number("COLDSTART_DRAIN_DELAY", DRAIN_DELAY_SECONDS),
+        "drain_timeout": number("COLDSTART_DRAIN_TIMEOUT", DRAIN_TIMEOUT_SECONDS),
     }
     known, rest = _parser(defaults).parse_known_args(list(argv))
     for argument in rest:
@@ -160,6 +162,23 @@ def take_output(argv: list[str]) -> Path:
     folder = Path(argv[at + 1])
     del argv[at : at + 2]
     return folder
+
+
+def read_api_key(environ: Mapping[str, str]) -> str | None:
+    """The key in COLDSTART_API_KEY_FILE, if one is named.
+
+    Raises SettingsError when there is none in it: a server that was to be closed never starts open.
+    """
+    path = environ.get("COLDSTART_API_KEY_FILE")
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"COLDSTART_API_KEY_FILE={path!r} cannot be read: {error}") from None
+    if not key:
+        raise SettingsError(f"COLDSTART_API_KEY_FILE={path!r} is empty: put the key in it")
+    return key
 
 
 def read_manifest(environ: Mapping[str, str] = os.environ) -> Manifest:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime import prefetch, processes, trace
+from runtime.defaults import TEARDOWN_SECONDS
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
 from runtime.phases import Phase, PhaseEvent, now
@@ -30,8 +31,6 @@ _BACKLOG = 2048
 _DATAGRAM_BYTES = 65536
 # How long a dead engine's port still answers 503, so that probes and clients learn it from us.
 _FAILURE_LINGER_SECONDS = 1.0
-# What the engine may take to release memory and exit, once no request is left.
-_TEARDOWN_SECONDS = 15.0
 
 
 class Supervisor:
@@ -173,7 +172,7 @@ class Supervisor:
             self._lifecycle.move(State.DRAINING, "shutting down")
             _log(f"draining: {settings.drain_delay:g} s delay, then up to {settings.drain_timeout:g} s")
             self._channel.send(("drain", settings.drain_delay, settings.drain_timeout))
-            deadline = settings.drain_delay + settings.drain_timeout + _TEARDOWN_SECONDS
+            deadline = settings.drain_delay + settings.drain_timeout + TEARDOWN_SECONDS
             asyncio.get_running_loop().call_later(deadline, self._force)
         elif self._lifecycle.state is State.DRAINING and self._signals > 1:
             self._force()
