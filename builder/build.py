@@ -151,7 +151,9 @@ def build(
     push: bool,
     lock_path: Path | None = None,
     locked: bool = False,
+    prewarmed: bool = True,
 ) -> BuiltImage:
+    """prewarmed: start the image once where this host can, and add what that start recorded."""
     # The cheapest checks first: a wrong name should not cost a pull, nor a wrong base or flag a download.
     models.parse_ref(spec.model, spec.revision)
     if locked:
@@ -180,9 +182,22 @@ def build(
     image = engine.build(
         render.render_image(plan), plan.tag, label=plan.label, platform=spec.platform, reporter=reporter
     )
+    if prewarmed and spec.platform is None:
+        image = _prewarm(plan, image, engine, reporter)
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
     return BuiltImage(plan.tag, image, digest, plan, reused)
+
+
+def _prewarm(plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter) -> str:
+    from builder.prewarm import can_run_here, prewarm
+
+    if not can_run_here(engine, plan.manifest):
+        reporter.note(
+            f"not started here to record its start: no GPU. Run `coldstart prewarm {plan.tag}` on one."
+        )
+        return image
+    return prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
 
 
 def last_built() -> str | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from builder import __version__
-from builder.errors import BuildError, ColdstartError, InputError, VerifyError
+from builder.errors import BuildError, ColdstartError, HostError, InputError, VerifyError
 
 if TYPE_CHECKING:
     from builder.console import ConsoleReporter
@@ -161,6 +161,9 @@ def build(
     locked: Annotated[
         bool, typer.Option("--locked", help="Refuse what is not as in coldstart.lock.")
     ] = False,
+    prewarm: Annotated[
+        bool, typer.Option(help="Start the image once here, and add what that start recorded.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Build the image of a model."""
@@ -177,6 +180,7 @@ def build(
         push=push,
         lock_path=lockfile.beside(file),
         locked=locked,
+        prewarmed=prewarm,
     )
     if as_json:
         typer.echo(json.dumps(built.to_json()))
@@ -222,6 +226,37 @@ def render(
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
     for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image")):
         typer.echo(f"docker build {platform_flag}-t {tag} {shlex.quote(str(output / folder))}")
+
+
+@app.command()
+def prewarm(
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
+    recorded: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder that `python3 -m runtime warm` wrote, instead of a start here."),
+    ] = None,
+) -> None:
+    """Start an image once and add what that start recorded, so that the next ones are faster."""
+    from builder import build as pipeline
+    from builder import prewarm as prewarming
+    from builder.docker_engine import DockerEngine
+    from builder.verify import read_manifest
+
+    engine, reporter = DockerEngine(), _reporter()
+    manifest = read_manifest(engine, image)
+    label = f"dev.coldstart.model.digest=sha256:{manifest['model']['lock_digest']}"
+    if recorded:
+        made = prewarming.add_state(engine, image, recorded, label=label, reporter=reporter)
+    elif prewarming.can_run_here(engine, manifest):
+        made = prewarming.prewarm(
+            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
+        )
+    else:
+        raise HostError(
+            f"{image} needs a GPU, and the engine here has none",
+            fix="Run this where one is, or `python3 -m runtime warm --output DIR` there and --from DIR here.",
+        )
+    typer.echo(f"{image} {made}")
 
 
 @app.command()
@@ -349,7 +384,6 @@ def _known_base(spec: ImageSpec, reporter: ConsoleReporter) -> Any:
     """The base as an engine that answers and has it sees it, else as its name suggests."""
     from builder import build as pipeline
     from builder.docker_engine import DockerEngine
-    from builder.errors import HostError
 
     try:
         engine = DockerEngine()

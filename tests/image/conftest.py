@@ -108,7 +108,7 @@ def base() -> str:
 def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[..., Any]]:
     """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end.
 
-    folder: another model than the real one.
+    folder: another model than the real one; started once here only when a flag asks for that.
     """
     tags: list[str] = []
 
@@ -116,6 +116,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
         name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS, folder: Path | None = None
     ) -> Any:
         tag = f"{PREFIX}/{name}"
+        flags = ("--no-prewarm", *flags)
         done = coldstart(
             *("build", str(folder or model), "--base", base, "-t", tag, "--json", *flags), "--", *engine_args
         )
@@ -130,7 +131,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
 
 @pytest.fixture(scope="session")
 def plain(build: Callable[..., Any]) -> Any:
-    return build("smollm2:plain")
+    return build("smollm2:plain", "--prewarm")
 
 
 @pytest.fixture(scope="session")
