@@ -99,7 +99,7 @@ def prepare_model(
 def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter) -> models.ModelSnapshot:
     from builder.quantize import quantize_awq
 
-    recipe, documents = choose_quantization(spec, snapshot)
+    recipe, documents = choose_quantization(spec, snapshot, reporter)
     form = "symmetric" if recipe.symmetric else "asymmetric"
     reporter.step(f"Quantizing to AWQ: int4, groups of {recipe.group_size}, {form}")
     folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter, calibration=documents)
@@ -110,13 +110,13 @@ def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporte
 
 
 def choose_quantization(
-    spec: ImageSpec, snapshot: models.ModelSnapshot
+    spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
 ) -> tuple[AwqRecipe, Calibration | None]:
     """The recipe that the model's shapes and the spec ask for. Raises ModelError or InputError."""
     from builder import calibration
     from builder.quantize import choose_recipe
 
-    documents = calibration.read(Path(spec.calibration)) if spec.calibration else None
+    documents = calibration.load(spec.calibration, reporter) if spec.calibration else None
     recipe = choose_recipe(
         snapshot.config,
         samples=spec.calibration_samples,

@@ -48,7 +48,8 @@ Quantize = Annotated[str | None, typer.Option(help="Quantize the weights: awq.")
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text to calibrate on: .jsonl of texts or chats, or .txt; default: the model's answers."
+        help="Text to calibrate on: a .jsonl, .json, .txt or .parquet file, or "
+        "hf://datasets/ORG/NAME[@REVISION][/PATH]; default: the model's answers."
     ),
 ]
 CalibrationSamples = Annotated[int | None, typer.Option(help="Blocks of calibration text [16].")]
@@ -418,7 +419,7 @@ def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: Console
     if spec.quantize:
         from builder.quantize import finished_result
 
-        recipe, _ = pipeline.choose_quantization(spec, snapshot)
+        recipe, _ = pipeline.choose_quantization(spec, snapshot, reporter)
         done = finished_result(snapshot, recipe, cache=pipeline.cache_folder())
         if done:
             snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)
