@@ -245,8 +245,8 @@ def _snapshot(
         source=source,
         revision=revision,
         license=_licence(root),
-        architectures=tuple(map(str, architectures)) if isinstance(architectures, list) else (),
-        dtype=str(dtype) if dtype else None,
+        architectures=tuple(map(_plain, architectures)) if isinstance(architectures, list) else (),
+        dtype=_plain(dtype) if dtype else None,
         parameters=None if quantization else sum(math.prod(shape) for shape in shapes.values()),
         quantization=quantization,
         remote_code=choice.remote_code,
@@ -424,7 +424,7 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
                 words.append(f"g{weights['group_size']}")
     elif quantization.get("bits"):
         words.append(f"int{quantization['bits']} g{quantization.get('group_size')}")
-    return " ".join(words)
+    return _plain(" ".join(words))
 
 
 def _licence(root: Path) -> str | None:
@@ -447,8 +447,13 @@ def _licence(root: Path) -> str | None:
         if isinstance(key, yaml.ScalarNode) and key.value == "license":
             nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
             words = [n.value for n in nodes if isinstance(n, yaml.ScalarNode) and n.tag != _YAML_NULL]
-            return ", ".join(words) or None
+            return _plain(", ".join(words)) or None
     return None
+
+
+def _plain(value: object) -> str:
+    """Text that a lock brings back the same: JSON and YAML can write halves of a character."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

@@ -384,3 +384,81 @@ def test_token_is_nowhere(hub: Hub, tmp_path: Path, failure: str, debug: bool) -
     for folder in (out, tmp_path / "cache", tmp_path / "hf"):
         found += _everything(folder)
     assert [name for name, data in found if secret.search(data)] == []
+
+
+DATASET = "org/texts"
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Iterator[Hub]:
+    folder = tmp_path / "dataset"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("# Texts")
+    (folder / "data" / "train.jsonl").write_text('{"text": "one"}\n')
+    (folder / "data" / "train-0.parquet").write_bytes(b"PAR1PAR1")
+    (folder / "test.txt").write_text("other")
+    with serve(DATASET, folder, "datasets") as served:
+        yield served
+
+
+_LOAD = """
+import sys
+from builder import calibration
+from builder.errors import ColdstartError
+from builder.report import SilentReporter
+try:
+    loaded = calibration.load(sys.argv[1], SilentReporter())
+    print(loaded.documents, loaded.parquet and loaded.parquet.name)
+except ColdstartError as error:
+    print("refused", error)
+"""
+
+
+def _load(hub: Hub, home: Path, source: str, **environ: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", _LOAD, source],
+        env=_environ(hub, home) | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_dataset_is_a_source_of_calibration(dataset: Hub, tmp_path: Path) -> None:
+    name = f"hf://datasets/{DATASET}"
+    dataset.refuse("/datasets/", 503, times=2)
+    assert _load(dataset, tmp_path, name) == "('one',) None"
+    assert dataset.bodies == ["data/train.jsonl"]
+    assert _load(dataset, tmp_path, f"{name}@{COMMIT}/test.txt") == "('other',) None"
+    assert _load(dataset, tmp_path, f"{name}/data/train-0.parquet") == "() train-0.parquet"
+    _flip(tmp_path, "data/train.jsonl")
+    assert "train.jsonl of the dataset org/texts is damaged" in _load(
+        dataset, tmp_path, name, HF_HUB_OFFLINE="1"
+    )
+    dataset.requests.clear()
+    assert _load(dataset, tmp_path, name) == "('one',) None"
+    assert dataset.bodies == ["data/train.jsonl"]  # again, since it was damaged
+    dataset.requests.clear()
+    assert _load(dataset, tmp_path, name, HF_HUB_OFFLINE="1") == "('one',) None"
+    assert dataset.requests == []
+
+
+def test_dataset_that_cannot_be_had_is_told(dataset: Hub, tmp_path: Path) -> None:
+    missing = _load(dataset, tmp_path, "hf://datasets/org/missing")
+    assert missing.startswith("refused the dataset org/missing is not on the hub, or is private")
+    name = f"hf://datasets/{DATASET}"
+    assert "has no revision 'v9'" in _load(dataset, tmp_path, f"{name}@v9")
+    assert "is not in the local hub cache" in _load(dataset, tmp_path, name, HF_HUB_OFFLINE="1")
+    dataset.lies = {"data/train.jsonl": b'{"text": "two"}\n'}
+    assert "arrived damaged twice" in _load(dataset, tmp_path, name)
+
+
+def test_recipe_is_of_the_datasets_documents(hub: Hub, dataset: Hub, tmp_path: Path) -> None:
+    """Through the command line: the model is a folder, so that the one hub is that of the dataset."""
+    spec = tmp_path / "coldstart.yaml"
+    spec.write_text(f"model: repository\nquantize: awq\ncalibration: hf://datasets/{DATASET}\n")
+    done = _plan(dataset, tmp_path, "-f", str(spec))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["quantize_first"]
+    assert dataset.bodies == ["data/train.jsonl"]
