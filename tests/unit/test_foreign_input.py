@@ -111,6 +111,28 @@ def test_any_config_is_read_or_refused(folder: Path, config: dict[str, Any]) -> 
     _refused_or(folder, _check_rendered)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"architectures": 3}, {"architectures": "abc"}, {"architectures": [None, {"a": []}]}),
+        *(
+            {"quantization_config": q}
+            for q in ([], {}, {"bits": float("nan")}, {"quant_method": "\ud83d\nRUN id"})
+        ),
+        {"quantization_config": {"config_groups": {"g": {"weights": "int4"}}}},
+        {"quantization_config": {"config_groups": {"g": ["weights"]}}},
+        {
+            "quantization_config": {
+                "config_groups": {"g": {"weights": {"type": [], "num_bits": "x" * 99_999}}}
+            }
+        },
+        {"dtype": "\ud800\n", "torch_dtype": []},
+    ],
+)
+def test_wrong_types_in_a_config_are_read_or_refused(tmp_path: Path, config: dict[str, Any]) -> None:
+    _refused_or(write_model(tmp_path / "model", config=config), _check_rendered)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize(
     "content",
