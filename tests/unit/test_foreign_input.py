@@ -115,10 +115,8 @@ def test_any_config_is_read_or_refused(folder: Path, config: dict[str, Any]) -> 
     "config",
     [
         *({"architectures": 3}, {"architectures": "abc"}, {"architectures": [None, {"a": []}]}),
-        *(
-            {"quantization_config": q}
-            for q in ([], {}, {"bits": float("nan")}, {"quant_method": "\ud83d\nRUN id"})
-        ),
+        *({"quantization_config": []}, {"quantization_config": {"bits": float("nan")}}),
+        {"quantization_config": {"quant_method": "\ud83d\nRUN id"}},
         {"quantization_config": {"config_groups": {"g": {"weights": "int4"}}}},
         {"quantization_config": {"config_groups": {"g": ["weights"]}}},
         {
