@@ -190,6 +190,15 @@ def test_ctrl_c_does_not_wait_for_the_file_under_way(hub: Hub, tmp_path: Path) -
     assert _plan(hub, tmp_path).returncode == 0
 
 
+def test_ctrl_c_does_not_wait_for_the_next_try(hub: Hub, tmp_path: Path) -> None:
+    hub.refuse("/api/models/", 429, headers={"Retry-After": "500"})
+    with _started(hub, tmp_path) as process:
+        _wait(lambda: f"GET /api/models/{REPO}" in hub.requests, process)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == 130
+
+
 def test_killed_download_goes_on_with_the_file_that_was_cut(hub: Hub, tmp_path: Path) -> None:
     hub.stalled = {SHARDS[1]}
     others = set(FILES) - hub.stalled
