@@ -274,7 +274,7 @@ def _cached(repository: Repository, choose: Callable[[Iterable[str]], list[str]]
             why="HF_HUB_OFFLINE forbids to fetch it.",
             fix="Unset HF_HUB_OFFLINE and run again.",
         )
-    return Fetched(repository, root, root.name, _digests_of_links(root, wanted), offline=True)
+    return Fetched(repository, root, root.name, _digests_of_links(root, [*wanted, "README.md"]), offline=True)
 
 
 def remove_orphans(cache: Path, repository: str) -> None:

@@ -227,10 +227,12 @@ def _snapshot(
         _require_inside(root, path)
     files = []
     if expected:  # first of all, or a byte that the way here flipped would pass for the model's own fault
-        files = _hash_files(root, paths, reporter)
+        card = [_CARD] if (root / _CARD).is_file() else []  # it says the licence
+        files = _hash_files(root, [*paths, *card], reporter)
         damaged = [file.path for file in files if not _as_expected(root, file, expected.get(file.path))]
         if damaged:
             raise _DamagedError(damaged)
+        files = files[: len(paths)]
     config = _read_config(root)
     _require_safetensors(root, paths)
     shapes = _check_shards(root, paths)

@@ -145,7 +145,7 @@ def test_branch_is_followed_once_and_its_drift_is_shown(hub: Hub, tmp_path: Path
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json", "README.md"])
 def test_flipped_byte_is_found_and_that_file_fetched_again(hub: Hub, tmp_path: Path, name: str) -> None:
     first = _plan(hub, tmp_path)
     _flip(tmp_path, name)
