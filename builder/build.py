@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from builder import lockfile, models, render
-from builder.errors import HostError
+from builder.errors import HostError, ModelError
 from builder.plan import BaseImage, BuildPlan, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
@@ -117,12 +117,19 @@ def choose_quantization(
     from builder.quantize import choose_recipe
 
     documents = calibration.load(spec.calibration, reporter) if spec.calibration else None
-    recipe = choose_recipe(
-        snapshot.config,
-        samples=spec.calibration_samples,
-        tokens=spec.calibration_tokens,
-        calibration=documents,
-    )
+    try:
+        recipe = choose_recipe(
+            snapshot.config,
+            samples=spec.calibration_samples,
+            tokens=spec.calibration_tokens,
+            calibration=documents,
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:  # a shape that is a text, a list, zero or NaN
+        raise ModelError(
+            "cannot choose a recipe for quantizing from config.json",
+            why=f"{error}.",
+            fix="Check the file, or build without --quantize.",
+        ) from None
     return recipe, documents
 
 

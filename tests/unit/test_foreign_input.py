@@ -11,15 +11,16 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from builder import calibration, context, lockfile, models, render
+from builder import build, calibration, context, lockfile, models, render
 from builder.errors import ColdstartError
 from builder.models import LockedFile, ModelSnapshot, parse_ref
 from builder.plan import BaseImage, BuildPlan, make_plan
@@ -109,6 +110,23 @@ def _check_rendered(snapshot: ModelSnapshot) -> None:
 def test_any_config_is_read_or_refused(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps({**CONFIG, **config}))
     _refused_or(folder, _check_rendered)
+
+
+@fuzz
+@given(name=st.sampled_from(KEYS), value=values)
+@example("num_attention_heads", 0)
+@example("hidden_size", float("inf"))
+@example("hidden_size", [1])
+@example("architectures", 3)
+@example("architectures", [3])
+def test_recipe_is_chosen_or_refused(folder: Path, name: str, value: Any) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, name: value}))
+
+    def choose(snapshot: ModelSnapshot) -> None:
+        with suppress(ColdstartError):
+            build.choose_quantization(ImageSpec(model="m", quantize="awq"), snapshot, SilentReporter())
+
+    _refused_or(folder, choose)
 
 
 @pytest.mark.parametrize(
