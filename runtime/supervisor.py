@@ -119,7 +119,9 @@ class Supervisor:
                 return
             if "begin" in message:
                 begin = message["begin"]
-                self._lifecycle.begin(Phase(begin["phase"]), begin["pid"], begin["start"])
+                self._lifecycle.begin(
+                    Phase(begin["phase"]), begin["pid"], begin["start"], begin.get("detail", "")
+                )
             else:
                 self._lifecycle.finish(PhaseEvent.from_json(message["event"]))
 

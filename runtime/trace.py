@@ -53,7 +53,7 @@ _TRACED = (
 
 # When the last phase of this process ended, or when it was forked.
 _last = now()
-_active: set[Phase] = set()
+_active: dict[Phase, float] = {}  # its start
 
 
 def _after_fork() -> None:
@@ -85,8 +85,14 @@ def emit(phase: Phase, start: float, end: float, detail: str = "") -> None:
     _send({"event": event.to_json()})
 
 
-def _announce(phase: Phase, start: float) -> None:
-    _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid()}})
+def _announce(phase: Phase, start: float, detail: str = "") -> None:
+    _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid(), "detail": detail}})
+
+
+def progress(phase: Phase, detail: str) -> None:
+    """Tell how far a phase that is under way in this process is, such as "shard 3 of 9"."""
+    if phase in _active:
+        _announce(phase, _active[phase], detail)
 
 
 @contextmanager
@@ -96,12 +102,12 @@ def span(phase: Phase, detail: str = "") -> Iterator[None]:
         yield
         return
     begin = now()
-    _active.add(phase)
+    _active[phase] = begin
     _announce(phase, begin)
     try:
         yield
     finally:
-        _active.discard(phase)
+        del _active[phase]
         emit(phase, begin, now(), detail)
 
 
