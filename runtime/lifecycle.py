@@ -101,7 +101,7 @@ class Lifecycle:
         return max(self.running.values(), key=lambda running: running.start, default=None)
 
     def snapshot(self) -> dict[str, Any]:
-        """The body of `/startup`: seconds, every finished phase as PhaseEvent.to_json(), and those under way."""
+        """The body of `/startup`: seconds, finished phases as PhaseEvent.to_json(), and those under way."""
         end = self.ready_at if self.ready_at is not None else now()
         current = self.current
         return {
@@ -127,9 +127,9 @@ class Lifecycle:
             return Reply(_ok(self.state in (State.READY, State.DRAINING)), self.snapshot())
         if self.state is State.READY or (self.state is State.DRAINING and path != "/v1/models"):
             return None
-        return self._not_serving()
+        return self.not_serving()
 
-    def _not_serving(self) -> Reply:
+    def not_serving(self) -> Reply:
         current = self.current
         phase = current.phase.value if current else None
         where = f" ({phase})" if phase else ""
