@@ -117,11 +117,13 @@ def _parse(argv: list[str]) -> Any:
 
     # No abbreviations: `--api-k` must not get past who looks for `--api-key`.
     parser = FlexibleArgumentParser(prog="vllm", allow_abbrev=False)
-    args = make_arg_parser(parser).parse_args(argv)
     try:
+        args = make_arg_parser(parser).parse_args(argv)
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise EngineFailedError(f"vLLM does not accept these arguments: {error}") from None
+    except SystemExit:  # argparse has printed what is wrong
+        raise EngineFailedError(f"vLLM does not accept these arguments: {' '.join(argv)}") from None
     return args
 
 

@@ -22,6 +22,7 @@ PORT = 8000
 # Caches under $HOME serve the next start and are kept on purpose; they are no temporary files.
 KEPT = {".cache", ".config", ".triton"}
 LIMIT = 240
+SERVING = "ready to serve"
 
 
 def get(path: str) -> tuple[int, Any] | None:
@@ -33,6 +34,20 @@ def get(path: str) -> tuple[int, Any] | None:
         return error.code, json.load(error)
     except (OSError, ValueError):
         return None
+
+
+def complete() -> Any:
+    """Four tokens of the served model."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{PORT}/v1/models", timeout=30) as answer:
+        model = json.load(answer)["data"][0]["id"]
+    body = {"model": model, "prompt": "Once", "max_tokens": 4, "ignore_eos": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{PORT}/v1/completions",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
 
 
 def processes() -> dict[int, str]:
@@ -93,7 +108,7 @@ def damaged_model(kind: str, folder: Path) -> str:
 def reached(startup: tuple[int, Any], when: str) -> bool:
     """Whether this answer of /startup has got to the phase `when`, running or already over."""
     status, body = startup
-    if when == "ready to serve":
+    if when == SERVING:
         return status == 200
     names = [item["phase"] for item in body["phases"] + body["running"]]
     return when in names
@@ -131,6 +146,7 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
     healths: set[int] = set()
     details: set[str] = set()
     resident = 0
+    answer, phases = None, []
     begun = time.monotonic()
     while process.poll() is None:
         if time.monotonic() - begun > LIMIT:
@@ -143,6 +159,8 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
                 rss = next(line for line in status if line.startswith("VmHWM"))
                 resident = max(resident, int(rss.split()[1]))
             if when and reached(startup, when):
+                phases = startup[1]["phases"]
+                answer = complete() if when == SERVING else None
                 act(scenario["act"], process, startup[1])
                 acted_at = time.monotonic()
         health = get("/health")
@@ -162,6 +180,8 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
         "log": log[-6000:],
         "healths": sorted(healths),
         "details": sorted(details),
+        "answer": answer,
+        "phases": phases,
         "resident_kib": resident,
         "left": {kind: sorted(map(str, after[kind] - before[kind])) for kind in after},
         "zombies": [pid for pid, text in processes().items() if text.endswith("Z")],

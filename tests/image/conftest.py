@@ -159,13 +159,13 @@ BARE = Path(__file__).parent / "bare.py"
 
 @pytest.fixture
 def bare() -> Iterator[Callable[..., dict[str, Any]]]:
-    """bare(image, scenarios, *docker flags) -> the results of bare.py by name, in a container of that image."""
+    """bare(image, scenarios, *docker flags) -> the results of bare.py by name, in one container."""
     made: list[str] = []
 
     def run(image: str, scenarios: Sequence[dict[str, Any]], *flags: str) -> dict[str, Any]:
         name = f"{CONTAINER_PREFIX}bare-{uuid.uuid4().hex[:8]}"
         container = _docker(
-            "create", "--name", name, *flags, "--entrypoint", "sleep", image, "infinity"
+            "create", "--name", name, "--no-healthcheck", *flags, "--entrypoint", "sleep", image, "infinity"
         ).strip()
         made.append(container)
         _docker("cp", str(BARE), f"{container}:/opt/bare.py")
@@ -173,7 +173,7 @@ def bare() -> Iterator[Callable[..., dict[str, Any]]]:
         output = _docker("exec", container, "python3", "/opt/bare.py", json.dumps(list(scenarios)))
         results = {result["name"]: result for result in json.loads(output.strip().rpartition("\n")[2])}
         for result in results.values():
-            print({key: value for key, value in result.items() if key != "log"})
+            print({key: value for key, value in result.items() if key not in ("log", "phases")})
         return results
 
     yield run

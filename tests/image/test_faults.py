@@ -1,16 +1,16 @@
-"""Every fault of docs/faults.md, caused for real: the last line says what and what next, and nothing is left."""
+"""Every fault of docs/faults.md, caused for real: the last line says what and what next; nothing is left."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import subprocess
+import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.docker_engine import Container
-from tests.image.conftest import wait_until
+from builder.docker_engine import CONTAINER_PREFIX
 from tests.image.test_shutdown import NOTHING
 from tests.models import write_llama
 
@@ -71,3 +71,71 @@ def tiny(build: Callable[..., Any], model: str, tmp_path_factory: pytest.TempPat
         source=str(folder),
         engine_args=("--max-model-len", "512", "--kv-cache-memory-bytes", "100000000"),
     )
+
+
+def test_two_workers_serve_and_a_killed_one_ends_the_server(
+    tiny: Any, bare: Callable[..., dict[str, Any]]
+) -> None:
+    """Tensor parallelism for real, on two cores; every engine process is forked from the template."""
+    start = {
+        "arguments": ["--tensor-parallel-size", "2"],
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+        "when": "ready to serve",
+    }
+    results = bare(
+        tiny["tag"],
+        [
+            {"name": "stopped", **start, "act": "SIGTERM"},
+            {"name": "worker killed", **start, "act": "SIGKILL worker 1"},
+            {"name": "core killed", **start, "act": "SIGKILL EngineCore"},
+        ],
+        *("--shm-size", "1g"),
+    )
+    stopped = results["stopped"]
+    assert stopped["code"] == 0, stopped["log"]
+    assert stopped["left"] == NOTHING
+    assert stopped["answer"]["usage"]["completion_tokens"] == 4
+    loads = {event["process"] for event in stopped["phases"] if event["phase"] == "weight_load"}
+    assert loads == {"worker 0", "worker 1"}
+    dead = ("the engine core or a worker of it died", "output above")
+    _check(results, {"worker killed": dead, "core killed": dead})
+
+
+def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, str]:
+    """Exit code and last line of a container that ends by itself."""
+    name = f"{CONTAINER_PREFIX}fault-{uuid.uuid4().hex[:8]}"
+    command = ["docker", "run", "--rm", "--name", name, *flags, image, *arguments]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
+    )
+    print(done.stdout[-3000:])
+    return done.returncode, done.stdout.rstrip().rpartition("\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("flags", "arguments", "words"),
+    [
+        (
+            ["--memory", "300m", "--memory-swap", "300m"],
+            [],
+            ["out of memory", "Raise the container's memory limit"],
+        ),
+        (["--read-only"], [], ["cannot write to", "Mount a writable /tmp"]),
+        (
+            ["-e", "VLLM_CPU_OMP_THREADS_BIND=0|1"],  # with the 64 MiB of /dev/shm that a container has
+            ["--tensor-parallel-size", "2"],
+            ["/dev/shm", "--shm-size 1g"],
+        ),
+        (["--tmpfs", "/tmp:size=16k"], [], ["No space left on device", "Free the disk"]),
+        ([], ["--no-such-flag"], ["does not accept", "--no-such-flag", "Mend the arguments"]),
+    ],
+    ids=["memory", "read-only", "shared memory", "disk", "arguments"],
+)
+def test_what_the_container_lacks_is_told_in_the_last_line(
+    tiny: Any, flags: list[str], arguments: list[str], words: list[str]
+) -> None:
+    code, last_line = _run(tiny["tag"], *arguments, flags=flags)
+    assert code == 1
+    assert last_line.startswith("coldstart: exit 1: ")
+    for word in words:
+        assert word in last_line
