@@ -1,7 +1,7 @@
 """Does a request pay for the runtime in front of vLLM? Ours and vLLM's own server side by side, in turn.
 
 Both images must have the same base, weights and arguments (benchmarks/stock.Dockerfile). Each round asks
-both, in alternating order: small requests one after the other on a kept connection (latency), then many at once
+both, in turn first: small requests one after the other on a kept connection (latency), then many at once
 (throughput). Prints the median of the rounds' ratios, ours over vLLM's, with a bootstrap interval.
 """
 
