@@ -80,7 +80,7 @@ class Supervisor:
             try:
                 folder = tempfile.mkdtemp(prefix="coldstart-")
             except OSError as error:
-                self._reason = faults.with_next_step(f"cannot write to {tempfile.gettempdir()}: {error}")
+                self._reason = faults.with_next_step(f"cannot make a temporary folder: {error.strerror}")
                 return EXIT_FAILED
             # Whatever the engine's processes put beside it goes with it.
             os.environ["TMPDIR"] = tempfile.tempdir = folder
