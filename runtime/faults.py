@@ -14,18 +14,31 @@ _NEXT_STEPS = tuple(
             "Give the container more shared memory: `docker run --shm-size 1g`, or in Kubernetes an emptyDir "
             "with `medium: Memory` at /dev/shm.",
         ),
-        (r"out of memory|MemoryError|can't allocate memory|cannot allocate memory",
-         "Raise the container's memory limit, or lower --kv-cache-memory-bytes or --max-model-len."),
+        (
+            r"out of memory|MemoryError|can't allocate memory|cannot allocate memory",
+            "Raise the container's memory limit, or lower --kv-cache-memory-bytes or --max-model-len.",
+        ),
         (r"no space left|ENOSPC|Errno 28", "Free the disk, or mount a larger volume at $HOME and /tmp."),
-        (r"read-only file system|usable temporary directory", "Mount a writable /tmp, for example `docker run --tmpfs /tmp`."),
-        (r"permission denied|Errno 13",
-         "Let the container's user read the file: `chmod a+r`, and a+rx for the folders above it."),
-        (r"safetensor|index-sized integer|JSONDecodeError|weight_load",
-         "The weights are damaged or do not fit config.json: copy them again, or build the image again."),
-        (r"KV cache|cache blocks|max_model_len|max seq len",
-         "Lower --max-model-len, or give the KV cache more memory with --kv-cache-memory-bytes."),
-        (r"NUMA nodes",
-         "Say which cores each worker gets, one list a worker: `-e VLLM_CPU_OMP_THREADS_BIND='0-3|4-7'`."),
+        (
+            r"read-only file system|usable temporary directory",
+            "Mount a writable /tmp: `docker run --tmpfs /tmp`.",
+        ),
+        (
+            r"permission denied|Errno 13",
+            "Let the container's user read the file: `chmod a+r`, and a+rx for the folders above it.",
+        ),
+        (
+            r"safetensor|index-sized integer|JSONDecodeError|weight_load",
+            "The weights are damaged or do not fit config.json: copy them again, or build the image again.",
+        ),
+        (
+            r"KV cache|cache blocks|max_model_len|max seq len",
+            "Lower --max-model-len, or give the KV cache more memory with --kv-cache-memory-bytes.",
+        ),
+        (
+            r"NUMA nodes",
+            "Say which cores each worker gets, one list a worker: `-e VLLM_CPU_OMP_THREADS_BIND='0-3|4-7'`.",
+        ),
         (r"no progress", "Look at what holds it up, or raise COLDSTART_PHASE_TIMEOUT if it is only slow."),
         (
             r"SIGKILL",
@@ -33,7 +46,7 @@ _NEXT_STEPS = tuple(
         ),
         (r"does not accept", "Mend the arguments after the image's name."),
     )
-)  # fmt: skip
+)
 
 
 def ended(name: str, code: int | None) -> str:
