@@ -242,14 +242,14 @@ class Supervisor:
                 where = f"{current.phase.value} {current.detail}".strip() if current else "between two phases"
                 await self._fail(f"no progress for {limit:g} s in {where}")
 
-    async def _fail(self, reason: str) -> None:
+    async def _fail(self, reason: str, code: int = EXIT_FAILED) -> None:
         if self._lifecycle.state in (State.FAILED, State.STOPPED) or self._exit.is_set():
             return
         if self._first_error:
             reason = self._first_error
         if processes.oom_kills() > self._oom_kills:
             reason = f"the kernel killed a process of this container, which is out of memory: {reason}"
-        self._exit_code = EXIT_FAILED
+        self._exit_code = code
         self._reason = faults.with_next_step(f"failed: {reason}")
         self._lifecycle.move(State.FAILED, self._reason)
         self._front.open()

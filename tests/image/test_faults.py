@@ -68,7 +68,7 @@ def tiny(build: Callable[..., Any], model: str, tmp_path_factory: pytest.TempPat
     folder = write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", Path(model), shards=3)
     return build(
         "tiny:tp",
-        source=str(folder),
+        folder=folder,
         engine_args=("--max-model-len", "512", "--kv-cache-memory-bytes", "100000000"),
     )
 
