@@ -139,12 +139,13 @@ def test_closing_in_the_middle_of_a_storm_loses_no_connection() -> None:
 
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         lifecycle.move(State.READY)  # as at the hand-over: what PID 1 still holds gets a 503
-        for _ in range(20):
+        for step in range(40):
             pending = [
                 asyncio.create_task(_exchange(port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n"))
                 for _ in range(30)
             ]
-            await asyncio.sleep(0)  # all have sent SYN by now, some are being accepted
+            for _ in range(step % 10):  # to every point of connecting, accepting and reading
+                await asyncio.sleep(0)
             front.close()
             front.open()
             answers = await asyncio.gather(*pending)
