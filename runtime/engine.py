@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack
 from http import HTTPStatus
@@ -138,7 +139,7 @@ def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
 
         def stop(self, seconds: float) -> None:
             """Accept nothing more; requests that run have `seconds` to finish. May be called again."""
-            self.deadline = min(self.deadline, now() + seconds)
+            self.deadline = min(self.deadline, time.monotonic() + seconds)
             self.should_exit = True
 
         @contextlib.contextmanager
@@ -168,14 +169,14 @@ def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
             # uvicorn closes a connection that has sent nothing yet; its request may be on the way.
             await _until(
                 lambda: not self.acceptor.tasks and all(c.cycle is not None for c in connections),
-                min(self.deadline, now() + _FIRST_REQUEST_SECONDS),
+                min(self.deadline, time.monotonic() + _FIRST_REQUEST_SECONDS),
             )
             for connection in list(connections):
                 connection.shutdown()  # at once, or after the response that it is sending
-            await _until(lambda: not connections or now() > self.deadline, math.inf)
+            await _until(lambda: not connections or time.monotonic() > self.deadline, math.inf)
             if connections:
                 requests.end("The server stops before this request is finished.")
-                await _until(lambda: not connections, now() + _ERROR_SECONDS)
+                await _until(lambda: not connections, time.monotonic() + _ERROR_SECONDS)
 
     config = uvicorn.Config(
         requests,
@@ -192,7 +193,7 @@ def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
 
 
 async def _until(condition: Callable[[], bool], deadline: float) -> None:
-    while not condition() and now() < deadline:
+    while not condition() and time.monotonic() < deadline:
         await asyncio.sleep(_POLL_SECONDS)
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Supervisor:
         self._exit_code = EXIT_OK
         self._reason = "stopped as asked"
         self._first_error = ""
-        self._progress = started
+        self._progress = time.monotonic()
         self._oom_kills = processes.oom_kills()
         self._shared_memory: set[Path] = set()
         self._signals = 0
@@ -151,7 +152,7 @@ class Supervisor:
                 message = json.loads(events.recv(_DATAGRAM_BYTES))
             except BlockingIOError:
                 return
-            self._progress = now()
+            self._progress = time.monotonic()
             if "begin" in message:
                 begin = message["begin"]
                 self._lifecycle.begin(
@@ -234,10 +235,10 @@ class Supervisor:
     async def _watch_progress(self) -> None:
         """End a start that hangs: every message of a phase counts as progress."""
         limit = self._settings.phase_timeout
-        self._progress = now()
+        self._progress = time.monotonic()
         while self._lifecycle.state is State.STARTING:
             await asyncio.sleep(min(1.0, limit / 4))
-            if now() - self._progress > limit and self._lifecycle.state is State.STARTING:
+            if time.monotonic() - self._progress > limit and self._lifecycle.state is State.STARTING:
                 current = self._lifecycle.current
                 where = f"{current.phase.value} {current.detail}".strip() if current else "between two phases"
                 await self._fail(f"no progress for {limit:g} s in {where}")
