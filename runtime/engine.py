@@ -168,8 +168,10 @@ def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
             connections = self.server_state.connections
             # uvicorn closes a connection that has sent nothing yet; its request may be on the way.
             await _until(
-                lambda: not self.acceptor.tasks and all(c.cycle is not None for c in connections),
-                min(self.deadline, time.monotonic() + _FIRST_REQUEST_SECONDS),
+                lambda: (
+                    not self.acceptor.tasks and all(getattr(c, "cycle", c) is not None for c in connections)
+                ),
+                time.monotonic() + _FIRST_REQUEST_SECONDS,
             )
             for connection in list(connections):
                 connection.shutdown()  # at once, or after the response that it is sending
