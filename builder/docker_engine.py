@@ -392,6 +392,12 @@ class Container:
         return int(bound[0]["HostPort"])
 
     @_engine_errors
+    def address(self) -> str:
+        """Its own address. Behind a published port a proxy may accept connections in its place."""
+        networks = self._api.inspect_container(self.id)["NetworkSettings"]["Networks"]
+        return next(str(network["IPAddress"]) for network in networks.values())
+
+    @_engine_errors
     def running(self) -> bool:
         return bool(self._state()["Running"])
 

@@ -64,4 +64,6 @@ def main(argv: list[str]) -> int:
 
 # Processes forked from the template import this file again under another name.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # multiprocessing's own clean-up would print a traceback after the last line

@@ -57,6 +57,7 @@ class Settings:
     served_model_name: str
     drain_delay: float
     drain_timeout: float
+    phase_timeout: float
     engine_args: tuple[str, ...]
 
     def vllm_args(self) -> list[str]:
@@ -107,6 +108,12 @@ def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
         default=defaults["drain_timeout"],
         help="seconds that requests in flight get to finish after the delay [COLDSTART_DRAIN_TIMEOUT]",
     )
+    parser.add_argument(
+        "--phase-timeout",
+        type=float,
+        default=defaults["phase_timeout"],
+        help="seconds that a start-up may make no progress before it is given up [COLDSTART_PHASE_TIMEOUT]",
+    )
     return parser
 
 
@@ -132,6 +139,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         "served_model_name": environ.get("COLDSTART_SERVED_MODEL_NAME", manifest.served_model_name),
         "drain_delay": number("COLDSTART_DRAIN_DELAY", DRAIN_DELAY_SECONDS),
         "drain_timeout": number("COLDSTART_DRAIN_TIMEOUT", DRAIN_TIMEOUT_SECONDS),
+        "phase_timeout": number("COLDSTART_PHASE_TIMEOUT", 600.0),
     }
     known, rest = _parser(defaults).parse_known_args(list(argv))
     for argument in rest:
@@ -143,6 +151,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
     for name in ("drain_delay", "drain_timeout"):
         if not 0 <= getattr(known, name) < math.inf:
             raise SettingsError(f"--{name.replace('_', '-')} must be a number of seconds, not negative")
+    if not 0 < known.phase_timeout < math.inf:
+        raise SettingsError("--phase-timeout must be a number of seconds, more than 0")
     return Settings(
         manifest=manifest,
         host=known.host,
@@ -150,6 +160,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         served_model_name=known.served_model_name,
         drain_delay=known.drain_delay,
         drain_timeout=known.drain_timeout,
+        phase_timeout=known.phase_timeout,
         engine_args=tuple(rest),
     )
 
