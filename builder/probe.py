@@ -36,7 +36,8 @@ except (TypeError, ValueError) as error:
 
 # Prints one JSON list: every argument of the parser that the runtime uses, with the first words of its help.
 LIST_ENGINE_ARGS = """
-import json
+import json, re, sys
+sys.argv.append("--help")  # else vLLM leaves the help texts out
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = make_arg_parser(FlexibleArgumentParser(prog="vllm", allow_abbrev=False))
@@ -45,7 +46,7 @@ found = [
     {
         "group": titles.get(id(action)) or "options",
         "flags": list(action.option_strings),
-        "help": " ".join((action.help or "").split(". ")[0].split())[:300],
+        "help": " ".join(re.sub(r"API docs: \\S+", "", action.help or "").split(". ")[0].split())[:300],
     }
     for action in parser._actions
     if action.option_strings

@@ -376,7 +376,7 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
     rows = [
         {
             "name": option.flag,
-            "value": str(getattr(settings, option.attribute)),
+            "value": str(value) if (value := getattr(settings, option.attribute)) is not None else "",
             "from": settings.sources[option.attribute],
         }
         for option in OPTIONS
