@@ -46,7 +46,8 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
         path = scope["path"]
-        if path not in self._open and self._digests and not _is_preflight(scope) and not self._has_key(scope):
+        is_open = not self._digests or (scope["type"] == "http" and path in self._open)
+        if not (is_open or _is_preflight(scope) or self._has_key(scope)):
             return await _refuse(scope, receive, send)
         if path in PROBES or path in METRICS:
             return await self._bounded(scope, receive, send)

@@ -218,7 +218,7 @@ class Settings:
         """What the engine is given for an argument, by any of its names; None where it is not given."""
         found = None
         for flag, value in _pairs((*self.manifest.engine_args, *self.engine_args)):
-            if flag in flags:
+            if flag.split(".", 1)[0] in flags:
                 found = value
         return found
 
@@ -275,6 +275,8 @@ def read_api_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[str, 
         given.append("--api-key-file")
     if len(given) > 1:
         raise SettingsError(f"{' and '.join(given)} are both set: give the API key in one way")
+    if not given and settings.metrics_auth == "key":
+        raise SettingsError("--metrics-auth key needs an API key: give --api-key-file FILE")
     if not given:
         return ()
     text = environ.get(given[0], "")
@@ -287,11 +289,12 @@ def read_api_keys(settings: Settings, environ: Mapping[str, str]) -> tuple[str, 
                 f"cannot read the API keys in {settings.api_key_file}: {reason}. "
                 f"The server runs as user {os.getuid()}, group {os.getgid()}."
             ) from None
+    where = settings.api_key_file or given[0]
     keys = tuple(key for line in text.splitlines() if (key := line.strip()))
     if not keys:
-        raise SettingsError(f"{given[0]} has no key: give one, or leave the setting out")
+        raise SettingsError(f"{where} has no key: give one, or leave the setting out")
     if not all(re.fullmatch(r"[!-~]+", key) for key in keys):
-        raise SettingsError(f"{given[0]}: a key is one word of ASCII characters, one key a line")
+        raise SettingsError(f"{where}: a key is one word of ASCII characters, one key a line")
     return keys
 
 
@@ -308,9 +311,7 @@ def _check_environment(environ: Mapping[str, str]) -> None:
 
 
 def _is_kubernetes(name: str, environ: Mapping[str, str]) -> bool:
-    if name.endswith("_PORT"):
-        return "://" in environ[name]
-    return _KUBERNETES.fullmatch(name) is not None
+    return bool(_KUBERNETES.fullmatch(name)) or (name.endswith("_PORT") and "://" in environ[name])
 
 
 def _check_engine_args(rest: Sequence[str], known: Sequence[VllmArgument]) -> None:
