@@ -60,7 +60,7 @@ def _ask(
         "type": kind,
         "path": path,
         "headers": [(name.encode(), value.encode()) for name, value in headers],
-        "extensions": dict.fromkeys(extensions, {}),
+        "extensions": {name: {} for name in extensions},
         **({"method": method} if kind == "http" else {}),
     }
     asyncio.run(guard(scope, receive, send))

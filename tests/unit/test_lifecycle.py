@@ -90,6 +90,7 @@ def test_breakdown_gives_each_moment_to_the_phase_that_began_last() -> None:
         event(Phase.MODEL_DOWNLOAD, 18.0, 18.0),
     ]
     assert breakdown(events, 10.0, 20.0) == (
-        "ready after 10.0 s: engine_import 5.0, tokenizer_init 2.0, ready 1.0, weight_load 0.5, unattributed 1.5"
+        "ready after 10.0 s: engine_import 5.0, tokenizer_init 2.0, ready 1.0, weight_load 0.5, "
+        "unattributed 1.5"
     )
     assert breakdown([], 0.0, 1.0) == "ready after 1.0 s: unattributed 1.0"
