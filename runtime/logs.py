@@ -115,7 +115,7 @@ def as_json() -> Iterator[None]:
 def _pump(source: IO[bytes], out: IO[str]) -> None:
     with contextlib.suppress(OSError, ValueError):  # nobody reads our output any more
         while raw := source.readline(_LINE_BYTES):
-            for text in raw.decode(errors="replace").replace("\r", "\n").splitlines():
+            for text in raw.decode(errors="replace").splitlines():
                 if text.strip():
                     out.write(text if _is_ours(text) else _wrap(text))
                     out.write("\n")

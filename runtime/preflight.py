@@ -26,6 +26,8 @@ _GPU_QUERY_SECONDS = 0.8
 # vLLM's ring buffers of ten chunks: one to the workers (16 MiB chunks), one back from each (24 MiB).
 # The space must be free when each is made, and is taken only as it is written.
 _REQUEST_RING, _RESPONSE_RING = 160 * _MIB, 240 * _MIB
+# What the processes take besides weights and cache: only in what is advised, not in what is refused.
+_PROCESSES = 1536 * _MIB
 # vLLM 0.32 needs 7.0; its kernels for int4 weights (AWQ among them) 7.5.
 _MIN_CAPABILITY, _MIN_CAPABILITY_INT4 = (7, 0), (7, 5)
 # The oldest Linux driver that runs any minor version of a CUDA release.
@@ -189,7 +191,7 @@ def _memory_problems(settings: Settings, facts: Facts, environ: Mapping[str, str
             yield (
                 f"the weights take {_size(weights)} and the KV cache {_size(cache)}, "
                 f"and this container may use {_size(facts.memory)}. "
-                f"Give it more with `--memory {_gib(weights + cache)}g` (in Kubernetes "
+                f"Give it more with `--memory {_gib(weights + cache + _PROCESSES)}g` (in Kubernetes "
                 "resources.limits.memory), or shrink the cache with --kv-cache-memory-bytes."
             )
         return
@@ -299,8 +301,8 @@ def _size(count: int) -> str:
 
 
 def _gib(count: int) -> int:
-    """Whole GiB, with half a GiB and more to spare."""
-    return (count + (1 << 29) >> 30) + 1
+    """Whole GiB, rounded up."""
+    return -(-count >> 30)
 
 
 def _read(path: str) -> str | None:
