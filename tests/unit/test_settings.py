@@ -229,7 +229,7 @@ def test_keys_are_not_in_the_representation() -> None:
 def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path) -> None:
     """The process itself: exit codes, one message, JSON where asked for, no traceback."""
     manifest = tmp_path / "manifest.json"
-    model = {"path": "/models/tiny", "served_name": "tiny"}
+    model = {"path": "/models/tiny", "served_name": "tiny", "files": []}
     manifest.write_text(json.dumps({"device": "cpu", "engine_args": [], "model": model}))
     arguments = [{"group": "g", "flags": ["--max-model-len"], "help": "h"}]
     (tmp_path / "vllm-arguments.json").write_text(json.dumps(arguments))
