@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from builder import lockfile, models, render
+from builder import lockfile, models, probe, render
 from builder.errors import HostError, ModelError
 from builder.plan import BaseImage, BuildPlan, make_plan
 from builder.report import Reporter
@@ -147,7 +147,26 @@ def inspect_base(spec: ImageSpec, engine: DockerEngine, reporter: Reporter) -> B
         reporter.step("Asking vLLM's parser about the engine arguments")
         engine.check_engine_args(base, spec.engine_args)
         _remember_accepted(base, spec.engine_args)
-    return base
+    return with_argument_list(base, engine, reporter)
+
+
+def with_argument_list(base: BaseImage, engine: DockerEngine, reporter: Reporter) -> BaseImage:
+    """The base with the list of its vLLM's arguments, which its parser is asked for once."""
+    key = hashlib.sha256(f"{base.identity}\n{probe.LIST_ENGINE_ARGS}".encode()).hexdigest()
+    memo = cache_folder() / "vllm-arguments" / key
+    with suppress(OSError):
+        return replace(base, vllm_arguments=memo.read_text())
+    reporter.step("Asking vLLM's parser which arguments it takes")
+    arguments = engine.list_engine_args(base)
+    if arguments is None:
+        reporter.note("It does not tell; a wrong flag at run time will be found by vLLM itself.")
+        return base
+    with suppress(OSError):
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        part = memo.with_suffix(".part")
+        part.write_text(arguments)
+        part.replace(memo)
+    return replace(base, vllm_arguments=arguments)
 
 
 def build(

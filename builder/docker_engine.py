@@ -138,6 +138,11 @@ class DockerEngine:
                 fix="See `vllm serve --help` of that version.",
             )
 
+    def list_engine_args(self, base: BaseImage) -> str | None:
+        """Every argument that the base's vLLM takes, as JSON; None where it cannot tell."""
+        code, output = self._run(base.reference, ["python3", "-c", probe.LIST_ENGINE_ARGS])
+        return probe.parse_argument_list(output) if code == 0 else None
+
     def build(
         self,
         rendered: Rendered,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from builder import __version__
@@ -41,12 +41,16 @@ _DEVICE_ENV: Mapping[Device, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class BaseImage:
-    """The image to build on. id is None while no engine has looked at it."""
+    """The image to build on. id is None while no engine has looked at it.
+
+    vllm_arguments: JSON of every argument that its vLLM takes; None where nobody could ask.
+    """
 
     reference: str
     id: str | None
     device: Device
     vllm_version: str | None = None
+    vllm_arguments: str | None = field(default=None, repr=False)
 
     @property
     def identity(self) -> str:

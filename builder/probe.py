@@ -34,6 +34,26 @@ except (TypeError, ValueError) as error:
     sys.exit(f"error: {error}")
 """
 
+# Prints one JSON list: every argument of the parser that the runtime uses, with the first words of its help.
+LIST_ENGINE_ARGS = """
+import json, re, sys
+sys.argv.append("--help")  # else vLLM leaves the help texts out
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser(prog="vllm", allow_abbrev=False))
+titles = {id(a): g.title for g in parser._action_groups for a in g._group_actions}
+found = [
+    {
+        "group": titles.get(id(action)) or "options",
+        "flags": list(action.option_strings),
+        "help": " ".join(re.sub(r"API docs: \\S+", "", action.help or "").split(". ")[0].split())[:300],
+    }
+    for action in parser._actions
+    if action.option_strings
+]
+print(json.dumps(sorted(found, key=lambda entry: (entry["group"], entry["flags"]))))
+"""
+
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -61,6 +81,17 @@ def parse_base_facts(reference: str, output: str) -> BaseFacts:
     if not data["vllm"]:
         raise InputError(f"the base image {reference} has no vLLM", fix=_OTHER_BASE)
     return BaseFacts(python, str(data["vllm"]))
+
+
+def parse_argument_list(output: str) -> str | None:
+    """The JSON list among what LIST_ENGINE_ARGS printed; None where that vLLM cannot list its arguments."""
+    for line in reversed(output.splitlines()):
+        if line.startswith("[{"):
+            try:
+                return json.dumps(json.loads(line), indent=1) + "\n"
+            except ValueError:
+                return None
+    return None
 
 
 _OTHER_BASE = "Use vllm/vllm-openai at a version, or make a CPU base with `coldstart base cpu`."

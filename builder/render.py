@@ -60,6 +60,8 @@ def render_weights(plan: BuildPlan, root: Path) -> Rendered:
 def render_image(plan: BuildPlan) -> Rendered:
     """The final image: FROM the weights image, with runtime, manifest and configuration."""
     files = [ContextFile("coldstart/manifest.json", plan.manifest_bytes)]
+    if plan.base.vllm_arguments:
+        files.append(ContextFile("coldstart/vllm-arguments.json", plan.base.vllm_arguments.encode()))
     files += [ContextFile(f"coldstart/runtime/{path.name}", path) for path in _runtime_files()]
     text = _template("image.Dockerfile.j2").render(plan=plan, coldstart_dir=COLDSTART_DIR)
     return Rendered(text, tuple(files))

@@ -8,6 +8,10 @@ STARTED = time.time()
 import os  # noqa: E402
 import signal  # noqa: E402
 import sys  # noqa: E402
+from typing import TYPE_CHECKING  # noqa: E402
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # The kernel drops signals to a PID 1 that has no handler. Until the supervisor has its own, just leave.
 if __name__ == "__main__":
@@ -16,50 +20,77 @@ if __name__ == "__main__":
 
 EXIT_SETTINGS = 2
 EXIT_PREFLIGHT = 3
+_PRINT_CONFIG = ("--print-config", "--print-config=text", "--print-config=json")
 
 
 def _stop(message: str, code: int) -> int:
-    print(f"coldstart: {message}", file=sys.stderr, flush=True)
+    from runtime import logs
+
+    logs.say(message, "error")
     return code
 
 
 def main(argv: list[str]) -> int:
+    from runtime import logs
     from runtime import settings as settings_module
 
     command, rest = ("serve", argv)
-    if argv and argv[0] in ("serve", "health", "warm"):
+    if argv and argv[0] in settings_module.COMMANDS:
         command, rest = argv[0], argv[1:]
+    # What is said before the settings are known, or because they are wrong, has the format asked for too.
+    asked = " ".join(rest).replace("=", " ").replace("_", "-")
+    wants_json = "--log-format json" in asked or os.environ.get("COLDSTART_LOG_FORMAT") == "json"
+    logs.begin("json" if wants_json else "text")
     try:
-        manifest = settings_module.read_manifest()
         if command == "health":
             from runtime.health import check_pid1
 
-            return check_pid1(manifest)
+            return check_pid1(settings_module.read_manifest())
+        if {"-h", "--help"} & set(rest):
+            print(settings_module.help_text(settings_module.read_vllm_arguments()))
+            return 0
         output = settings_module.take_output(rest) if command == "warm" else None
-        parse_started = time.time()
-        settings = settings_module.load(rest, os.environ, manifest)
-        api_key = settings_module.read_api_key(os.environ)
+        return _serve(rest, output)
     except settings_module.SettingsError as error:
         return _stop(str(error), EXIT_SETTINGS)
 
-    if api_key:
-        os.environ["VLLM_API_KEY"] = api_key  # where vLLM looks for it; an argument would be in its log
 
-    from runtime.preflight import PreflightError, check
+def _serve(argv: list[str], output: "Path | None") -> int:
+    """Serve; or, with a folder to write to, warm. Raises SettingsError."""
+    from contextlib import nullcontext
+    from dataclasses import replace
 
+    from runtime import guard, logs, preflight
+    from runtime import settings as settings_module
+
+    parse_started = time.time()
+    manifest = settings_module.read_manifest()
+    flags = [argument for argument in argv if argument not in _PRINT_CONFIG]
+    settings = settings_module.load(flags, os.environ, manifest, settings_module.read_vllm_arguments())
+    settings = replace(settings, api_keys=settings_module.read_api_keys(settings, os.environ))
+    parsed = (parse_started, time.time())
+    if len(flags) < len(argv):
+        print(settings_module.describe(settings, os.environ, as_json="--print-config=json" in argv))
+        return 0
+    logs.begin(settings.log_format)
     try:
-        check(manifest)
-    except PreflightError as error:
+        preflight.check(settings, preflight.gather(manifest), os.environ)
+    except preflight.PreflightError as error:
         return _stop(str(error), EXIT_PREFLIGHT)
 
     if output:
         from runtime.warm import warm
 
-        return warm(settings, rest, output)
+        return warm(settings, flags, output)
+
+    os.environ.update(guard.loopback_environment(settings.engine_args, os.environ))
+    for name in settings_module.KEY_VARIABLES:  # the key is for the API process alone
+        os.environ.pop(name, None)
 
     from runtime.supervisor import Supervisor
 
-    return Supervisor(settings, started=STARTED, parsed=(parse_started, time.time())).run()
+    with logs.as_json() if settings.log_format == "json" else nullcontext():
+        return Supervisor(settings, started=STARTED, parsed=parsed).run()
 
 
 # Processes forked from the template import this file again under another name.

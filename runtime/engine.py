@@ -13,16 +13,17 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from runtime import trace
+from runtime import logs, trace
+from runtime.guard import AsgiApp, Guard, Scope, Send
 from runtime.lifecycle import Lifecycle, Reply, State
 from runtime.listener import Acceptor
-from runtime.phases import Phase, PhaseEvent, now
+from runtime.phases import Phase, now
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
@@ -37,13 +38,13 @@ _ERROR_SECONDS = 1.0
 _SHUTDOWN_SECONDS = 5.0
 _CORE_DIED = "the engine core or a worker of it died"
 
-Scope = MutableMapping[str, Any]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-AsgiApp = Callable[[Scope, Any, Send], Awaitable[None]]
-
 
 class EngineFailedError(Exception):
     """The engine cannot serve; the message says why and what to do."""
+
+
+class RefusedError(Exception):
+    """vLLM does not take these arguments; the message says which."""
 
 
 def serve(settings: Settings, listener: socket.socket, channel: Connection, started: float) -> None:
@@ -51,9 +52,11 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        asyncio.run(_serve(settings, listener, channel, Lifecycle(started=started)))
+        asyncio.run(_serve(settings, listener, channel, Lifecycle(started, logs.start_id())))
     except EngineFailedError as error:
         channel.send(("failed", str(error)))
+    except RefusedError as error:
+        channel.send(("refused", str(error)))
     except Exception as error:
         channel.send(("failed", f"{type(error).__name__}: {error}"))
         raise
@@ -93,14 +96,20 @@ async def _serve(
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
             requests = _Requests(app, lifecycle)
-            server = _server(args, requests, channel)
+            guard = Guard(
+                requests,
+                settings.api_keys,
+                metrics_open=settings.metrics_auth == "open",
+                max_bytes=settings.max_request_bytes,
+            )
+            server = _server(args, guard, requests, channel)
             app.state.server = server
             # Before the hand-over, so that the port is never without somebody who accepts for long.
             await stack.enter_async_context(app.router.lifespan_context(app))
         channel.send(("ready",))
         lifecycle.events = list((await _receive(channel))[1])
         lifecycle.move(State.READY)
-        _export_metrics(lifecycle.events)
+        _export_metrics(lifecycle, guard)
         watcher = asyncio.create_task(_watch(engine, lifecycle, server, channel))
         commands = asyncio.create_task(_obey(channel, lifecycle, server))
         await server.serve(sockets=[listener])
@@ -117,18 +126,21 @@ def _parse(argv: list[str]) -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     # No abbreviations: `--api-k` must not get past who looks for `--api-key`.
-    parser = FlexibleArgumentParser(prog="vllm", allow_abbrev=False)
+    parser = FlexibleArgumentParser(prog="vllm", usage="", allow_abbrev=False)
     try:
         args = make_arg_parser(parser).parse_args(argv)
         validate_parsed_serve_args(args)
+    except SystemExit:
+        raise RefusedError("vLLM does not accept these arguments, see its message above") from None
     except (TypeError, ValueError) as error:
-        raise EngineFailedError(f"vLLM does not accept these arguments: {error}") from None
-    except SystemExit:  # argparse has printed what is wrong
-        raise EngineFailedError(f"vLLM does not accept these arguments: {' '.join(argv)}") from None
+        raise RefusedError(f"vLLM does not accept these arguments: {error}") from None
+    if args.model_tag is not None:
+        raise RefusedError(f"{args.model_tag!r} is not the value of any argument")
     return args
 
 
-def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
+def _server(args: Any, app: AsgiApp, requests: _Requests, channel: Connection) -> Any:
+    """app: what is served; requests: the layer of it that can end what is under way."""
     import uvicorn
     import vllm.envs as envs
 
@@ -180,8 +192,11 @@ def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
                 requests.end("The server stops before this request is finished.")
                 await _until(lambda: not connections, time.monotonic() + _ERROR_SECONDS)
 
+    # In JSON, uvicorn's loggers go the way of all others.
+    own_format = {"log_config": None} if logs.is_json() else {}
     config = uvicorn.Config(
-        requests,
+        app,
+        **own_format,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
@@ -311,10 +326,14 @@ async def _watch(engine: Any, lifecycle: Lifecycle, server: Any, channel: Connec
     server.stop(_ERROR_SECONDS)
 
 
-def _export_metrics(events: list[PhaseEvent]) -> None:
-    """`coldstart_phase_seconds` beside vLLM's own metrics on /metrics."""
+def _export_metrics(lifecycle: Lifecycle, guard: Guard) -> None:
+    """Ours beside vLLM's own metrics on /metrics."""
     from prometheus_client import Gauge
 
-    gauge = Gauge("coldstart_phase_seconds", "Seconds that a start-up phase took", ["phase", "process"])
-    for event in events:
-        gauge.labels(event.phase.value, event.process).inc(event.seconds)
+    phases = Gauge("coldstart_phase_seconds", "Seconds that a start-up phase took", ["phase", "process"])
+    for event in lifecycle.events:
+        phases.labels(event.phase.value, event.process).inc(event.seconds)
+    in_flight = Gauge("coldstart_in_flight_requests", "Requests under way, but for probes and metrics")
+    in_flight.set_function(lambda: guard.in_flight)
+    draining = Gauge("coldstart_draining", "1 from SIGTERM on")
+    draining.set_function(lambda: lifecycle.state is State.DRAINING)

@@ -69,10 +69,11 @@ class Running:
 class Lifecycle:
     """State, finished phases and the phases under way.
 
-    started: seconds since the Unix epoch at the entrypoint's first line.
+    started: seconds since the Unix epoch at the entrypoint's first line; start_id: as in every JSON log line.
     """
 
     started: float
+    start_id: str = ""
     state: State = State.STARTING
     reason: str = ""
     events: list[PhaseEvent] = field(default_factory=list)
@@ -112,6 +113,7 @@ class Lifecycle:
             "detail": current.detail if current else "",
             "elapsed": round(end - self.started, 6),
             "started": self.started,
+            "start_id": self.start_id,
             "phases": [event.to_json() for event in self.events],
             "running": [running.to_json() for running in self.running.values()],
         }

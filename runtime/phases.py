@@ -6,6 +6,7 @@ Standard library only, so that PID 1 stays small and the builder can import it a
 from __future__ import annotations
 
 import enum
+import itertools
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -86,3 +87,20 @@ def covered_seconds(events: Iterable[PhaseEvent], start: float, end: float) -> f
             total += stop - begin
             edge = stop
     return total
+
+
+def breakdown(events: Iterable[PhaseEvent], start: float, end: float) -> str:
+    """One line that says where the seconds of [start, end] went, the largest share first.
+
+    Where phases overlap, the moment belongs to the one that began last, so that the shares add up.
+    """
+    events = list(events)
+    edges = sorted({start, end, *(t for e in events for t in (e.start, e.end) if start < t < end)})
+    shares: dict[str, float] = {}
+    for begin, stop in itertools.pairwise(edges):
+        running = [event for event in events if event.start <= begin and event.end >= stop]
+        name = max(running, key=lambda e: e.start).phase.value if running else "unattributed"
+        shares[name] = shares.get(name, 0.0) + stop - begin
+    ranked = sorted(shares.items(), key=lambda item: (item[0] == "unattributed", -item[1]))
+    parts = [f"{name} {seconds:.1f}" for name, seconds in ranked if seconds >= 0.05]
+    return f"ready after {end - start:.1f} s: {', '.join(parts)}"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-VARIABLE = "COLDSTART_RECORD"
+VARIABLE = "_COLDSTART_RECORD"
 OPENED = "opened.txt"
 
 

@@ -9,23 +9,23 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from runtime import faults, prefetch, processes, trace
+from runtime import faults, logs, prefetch, processes, spans, trace
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
 from runtime.listener import bind
-from runtime.phases import Phase, PhaseEvent, now
+from runtime.phases import Phase, PhaseEvent, breakdown, now
 from runtime.settings import Settings
 
 EXIT_OK = 0
 EXIT_FAILED = 1
+EXIT_SETTINGS = 2
 EXIT_PORT = 5
 EXIT_FORCED = 6
 
@@ -46,7 +46,7 @@ class Supervisor:
 
     def __init__(self, settings: Settings, *, started: float, parsed: tuple[float, float]) -> None:
         self._settings = settings
-        self._lifecycle = Lifecycle(started=started)
+        self._lifecycle = Lifecycle(started=started, start_id=logs.start_id())
         self._record(Phase.CONFIG_PARSE, *parsed)
         self._exit = asyncio.Event()
         self._exit_code = EXIT_OK
@@ -177,6 +177,8 @@ class Supervisor:
             self._front.open()
         elif kind == "failed":
             self._spawn(self._fail(details[0]))
+        elif kind == "refused":
+            self._spawn(self._fail(details[0], EXIT_SETTINGS))
         elif kind == "stopped":
             self._stopped = True
             if not details[0]:
@@ -192,7 +194,17 @@ class Supervisor:
         self._shared_memory |= processes.shared_memory(os.getpid())
         self._channel.send(("accept", self._lifecycle.events))
         ready_at = self._lifecycle.ready_at or now()
-        _log(f"ready after {ready_at - self._lifecycle.started:.1f} s")
+        _log(breakdown(self._lifecycle.events, self._lifecycle.started, ready_at))
+        if spans.wanted():
+            self._export_spans(ready_at)
+
+    def _export_spans(self, ready_at: float) -> None:
+        snapshot = self._lifecycle.snapshot()
+        report = {key: snapshot[key] for key in ("started", "start_id", "phases")}
+        try:
+            spans.start_export({**report, "ready": ready_at, "model": self._settings.served_model_name})
+        except OSError as error:
+            _log(f"the spans of this start are not exported: {error}")
 
     def _on_engine_exit(self, process: Any) -> None:
         asyncio.get_running_loop().remove_reader(process.sentinel)
@@ -276,4 +288,4 @@ def _event_socket(folder: Path) -> socket.socket:
 
 
 def _log(message: str) -> None:
-    print(f"coldstart: {message}", file=sys.stderr, flush=True)
+    logs.say(message)

@@ -17,7 +17,7 @@ import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from runtime import prefetch, processes, record, shortcuts, trace
+from runtime import logs, prefetch, processes, record, shortcuts, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 
@@ -67,6 +67,8 @@ def _load() -> None:
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
     gc.disable()
+    if logs.is_json():
+        logs.configure(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
     recording = os.environ.get(record.VARIABLE)
     if recording:
         record.start(Path(recording))

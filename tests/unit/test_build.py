@@ -1,14 +1,18 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
 from builder import build, hub
 from builder.errors import HostError, InputError
-from builder.probe import parse_base_facts, parser_complaint
+from builder.plan import BaseImage
+from builder.probe import parse_argument_list, parse_base_facts, parser_complaint
+from builder.report import SilentReporter
 from builder.verify import _TOKEN_VARIABLE
 
 _Usage = namedtuple("_Usage", "total used free")
@@ -77,3 +81,29 @@ def test_complaint_is_the_line_that_says_why() -> None:
     output = "INFO loading\nvllm: error: argument --max-model-len: invalid int value: 'x'\n"
     assert parser_complaint(output) == "argument --max-model-len: invalid int value: 'x'"
     assert parser_complaint("boom") == "boom"
+
+
+def test_argument_list_is_found_among_what_vllm_logs() -> None:
+    output = 'INFO [{loading\n[{"group": "g", "flags": ["--x"], "help": ""}]\nwarning: y\n'
+    assert json.loads(parse_argument_list(output) or "")[0]["flags"] == ["--x"]
+    assert parse_argument_list("Traceback\n") is None
+
+
+def test_base_is_asked_for_its_arguments_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDSTART_CACHE", str(tmp_path))
+    asked: list[str] = []
+
+    class Engine:
+        def list_engine_args(self, base: BaseImage) -> str | None:
+            asked.append(base.reference)
+            return None if base.reference == "odd:1" else "[]\n"
+
+    def arguments(reference: str, identity: str) -> str | None:
+        base = BaseImage(reference, identity, "cpu")
+        return build.with_argument_list(base, cast(Any, Engine()), SilentReporter()).vllm_arguments
+
+    assert arguments("base:1", "sha256:a") == arguments("base:1", "sha256:a") == "[]\n"
+    assert asked == ["base:1"]
+    assert arguments("base:1", "sha256:b") == "[]\n"
+    assert arguments("odd:1", "sha256:c") is None
+    assert asked == ["base:1", "base:1", "odd:1"]

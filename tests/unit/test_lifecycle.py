@@ -5,7 +5,7 @@ import json
 import pytest
 
 from runtime.lifecycle import Lifecycle, State
-from runtime.phases import Phase, PhaseEvent, covered_seconds
+from runtime.phases import Phase, PhaseEvent, breakdown, covered_seconds
 
 
 def _status(lifecycle: Lifecycle, path: str) -> int | None:
@@ -91,3 +91,21 @@ def test_event_with_unknown_fields_is_refused() -> None:
     data = PhaseEvent(Phase.READY, 0.0, 1.0, "a", 1).to_json()
     with pytest.raises(ValueError, match="unknown fields"):
         PhaseEvent.from_json({**data, "extra": 1})
+
+
+def test_breakdown_gives_each_moment_to_the_phase_that_began_last() -> None:
+    def event(phase: Phase, start: float, end: float) -> PhaseEvent:
+        return PhaseEvent(phase, start, end, process="api", pid=1)
+
+    events = [
+        event(Phase.ENGINE_IMPORT, 10.0, 16.0),
+        event(Phase.TOKENIZER_INIT, 15.0, 17.0),  # one second of it beside the import
+        event(Phase.WEIGHT_LOAD, 18.0, 18.5),
+        event(Phase.READY, 19.0, 30.0),  # ends after the moment that counts
+        event(Phase.MODEL_DOWNLOAD, 18.0, 18.0),
+    ]
+    assert breakdown(events, 10.0, 20.0) == (
+        "ready after 10.0 s: engine_import 5.0, tokenizer_init 2.0, ready 1.0, weight_load 0.5, "
+        "unattributed 1.5"
+    )
+    assert breakdown([], 0.0, 1.0) == "ready after 1.0 s: unattributed 1.0"

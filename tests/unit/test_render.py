@@ -63,6 +63,16 @@ def test_runtime_in_the_context_is_whole_and_builder_is_not_there() -> None:
     assert not any("builder" in path for path in paths)
 
 
+def test_list_of_vllms_arguments_is_baked_where_the_base_told_it() -> None:
+    def paths(arguments: str | None) -> dict[str, Path | bytes]:
+        base = BaseImage("base:1", "sha256:b", "cpu", vllm_arguments=arguments)
+        rendered = render.render_image(make_plan(ImageSpec(model="m"), lock(), base))
+        return {file.path: file.source for file in rendered.files}
+
+    assert paths("[]\n")["coldstart/vllm-arguments.json"] == b"[]\n"
+    assert "coldstart/vllm-arguments.json" not in paths(None)
+
+
 @given(st.text(alphabet=st.characters(blacklist_categories=("C", "Z"))))
 def test_quoted_string_cannot_leave_its_quotes(text: str) -> None:
     if not text.isprintable():

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from runtime.engine import AsgiApp, _Requests
+from runtime.engine import _Requests
+from runtime.guard import AsgiApp
 from runtime.lifecycle import Lifecycle, State
 
 _Messages = list[MutableMapping[str, Any]]

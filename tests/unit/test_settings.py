@@ -1,14 +1,33 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from runtime.preflight import PreflightError, check
-from runtime.settings import Manifest, SettingsError, load, read_api_key
+from runtime import settings as settings_module
+from runtime.settings import (
+    OPTIONS,
+    Manifest,
+    SettingsError,
+    VllmArgument,
+    describe,
+    help_text,
+    load,
+    read_api_keys,
+)
 
-MANIFEST = Manifest("/models/tiny", "tiny", "cpu", ("--enforce-eager",))
+ROOT = Path(__file__).parents[2]
+MANIFEST = Manifest("/models/tiny", "tiny", "cpu", ("--enforce-eager", "--max-model-len", "4"))
+KNOWN = (
+    VllmArgument("ModelConfig", ("--max-model-len",), "Longest context."),
+    VllmArgument("ModelConfig", ("--quantization", "-q"), ""),
+    VllmArgument("ParallelConfig", ("--tensor-parallel-size", "-tp"), "Ranks."),
+    VllmArgument("ParallelConfig", ("--compilation-config", "-cc"), ""),
+    VllmArgument("Frontend", ("--api-key",), "Not ours to show."),
+)
 
 
 def test_flags_over_environment_over_manifest() -> None:
@@ -17,42 +36,231 @@ def test_flags_over_environment_over_manifest() -> None:
     assert load([], environ, MANIFEST).served_model_name == "env"
     settings = load(["--served-model-name", "flag"], environ, MANIFEST)
     assert (settings.served_model_name, settings.port) == ("flag", 9000)
+    assert settings.sources["served_model_name"] == "flag"
+    assert settings.sources["port"] == "environment"
+    assert settings.sources["host"] == "default"
 
 
-def test_variable_that_kubernetes_sets_for_a_service_is_ignored() -> None:
-    assert load([], {"COLDSTART_PORT": "tcp://10.0.0.1:8000"}, MANIFEST).port == 8000
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("COLDSTART_PORT", "tcp://10.0.0.1:8000"),
+        ("COLDSTART_SERVICE_HOST", "10.0.0.1"),
+        ("COLDSTART_SERVICE_PORT", "8000"),
+        ("COLDSTART_SERVICE_PORT_HTTP", "8000"),
+        ("COLDSTART_PORT_8000_TCP", "tcp://10.0.0.1:8000"),
+        ("COLDSTART_PORT_8000_TCP_ADDR", "10.0.0.1"),
+        ("COLDSTART_QWEN3_PORT", "tcp://10.0.0.1:8000"),
+        ("COLDSTART_QWEN3_SERVICE_HOST", "10.0.0.1"),
+    ],
+)
+def test_variables_that_kubernetes_sets_for_a_service_are_ignored(name: str, value: str) -> None:
+    assert load([], {name: value}, MANIFEST).port == 8000
 
 
-def test_unknown_flags_go_to_vllm_after_the_baked_ones() -> None:
-    settings = load(["--max-model-len", "8", "--drain-delay", "0"], {}, MANIFEST)
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("COLDSTART_DRAIN_TIME_OUT", "COLDSTART_DRAIN_TIMEOUT"),
+        ("COLDSTART_API_KEYS", "COLDSTART_API_KEY"),
+        ("COLDSTART_HTTP_PORT", "COLDSTART_PORT"),
+    ],
+)
+def test_unknown_variable_is_refused_with_the_nearest_name(name: str, nearest: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name}: did you mean {nearest}\?"):
+        load([], {name: "1"}, MANIFEST)
+
+
+def test_unknown_flag_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(SettingsError, match=r"--max-modle-len: did you mean --max-model-len\?"):
+        load(["--max-modle-len", "8"], {}, MANIFEST, KNOWN)
+    with pytest.raises(SettingsError, match=r"--drain-dely: did you mean --drain-delay\?"):
+        load(["--drain-dely=8"], {}, MANIFEST, KNOWN)
+    with pytest.raises(SettingsError, match="unknown flag --zzz"):
+        load(["--zzz"], {}, MANIFEST, KNOWN)
+    # An abbreviation is no name: it would get past whoever looks for the whole one.
+    with pytest.raises(SettingsError, match="unknown flag --max-model"):
+        load(["--max-model", "8"], {}, MANIFEST, KNOWN)
+    with pytest.raises(SettingsError, match="unknown command 'serv': did you mean serve"):
+        load(["serv"], {}, MANIFEST, KNOWN)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--max_model_len", "-1"],
+        ["--max-model-len=8"],
+        ["-tp", "2"],
+        ["-O3"],
+        ["-qawq"],
+        ["-cc.mode=3"],
+        ["--compilation-config.pass_config.x", "1"],
+        ["--compilation-config", '{"mode": 3}'],
+    ],
+)
+def test_every_form_that_vllm_takes_passes(argv: list[str]) -> None:
+    assert load(argv, {}, MANIFEST, KNOWN).vllm_args()[-1] == argv[-1].replace("--max_model", "--max-model")
+
+
+def test_without_a_list_unknown_flags_go_to_vllm_after_the_baked_ones() -> None:
+    settings = load(["--anything", "8", "--drain-delay", "0"], {}, MANIFEST)
     assert settings.vllm_args() == [
         *("--model", "/models/tiny", "--served-model-name", "tiny"),
-        *("--enforce-eager", "--max-model-len", "8"),
+        *("--enforce-eager", "--max-model-len", "4", "--anything", "8"),
     ]
     assert settings.drain_delay == 0.0
 
 
-@pytest.mark.parametrize("flag", ["--model=x", "--uds=x", "--api_server_count=2", "--headless"])
+def test_our_flags_with_underscores_are_ours_too() -> None:
+    settings = load(["--served_model_name", "a_b", "--drain_delay=1"], {}, MANIFEST)
+    assert (settings.served_model_name, settings.drain_delay) == ("a_b", 1.0)
+    assert settings.engine_args == ()
+
+
+def test_engine_value_is_the_last_given_by_any_name() -> None:
+    settings = load(["-tp", "2", "--tensor-parallel-size=4"], {}, MANIFEST)
+    assert settings.engine_value("--tensor-parallel-size", "-tp") == "4"
+    assert settings.engine_value("--max-model-len") == "4"
+    assert settings.engine_value("--enforce-eager") == ""
+    assert settings.engine_value("--other") is None
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *("--model=x", "--uds=x", "--api_server_count=2", "-asc=2", "--headless"),
+        *("--api-key=secret", "--api_key=secret", "--config=x", "--grpc"),
+    ],
+)
 def test_flags_that_contradict_the_image_are_refused(flag: str) -> None:
-    with pytest.raises(SettingsError, match="cannot be set here"):
+    with pytest.raises(SettingsError, match="cannot be set here") as caught:
         load([flag], {}, MANIFEST)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("argv", "environ"),
     [
         (["--port", "70000"], {}),
+        (["--port"], {}),
         (["--drain-timeout", "-1"], {}),
+        (["--max-request-bytes", "1.5"], {}),
+        (["--metrics-auth", "closed"], {}),
+        (["--log-format", "xml"], {}),
+        (["--host", ""], {}),
         ([], {"COLDSTART_PORT": "http"}),
         ([], {"COLDSTART_PORT": "inf"}),
         ([], {"COLDSTART_DRAIN_TIMEOUT": "nan"}),
         (["--drain-delay", "inf"], {}),
         ([], {"COLDSTART_DRAIN_DELAY": "soon"}),
+        ([], {"VLLM_SERVER_DEV_MODE": "1"}),
+        (["--log-format=json", "--log-config-file=x"], {}),
+        (["--log-format=json", "--logging-config.log_level=DEBUG"], {}),
+        (["--log-format=json"], {"VLLM_LOGGING_CONFIG_PATH": "x"}),
     ],
 )
-def test_values_out_of_range(argv: list[str], environ: dict[str, str]) -> None:
+def test_values_out_of_range_and_contradictions(argv: list[str], environ: dict[str, str]) -> None:
     with pytest.raises(SettingsError):
         load(argv, environ, MANIFEST)
+
+
+def test_keys_come_from_a_file_or_one_variable(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("one\n\n two \n")
+    from_file = load(["--api-key-file", str(file)], {}, MANIFEST)
+    assert read_api_keys(from_file, {}) == ("one", "two")
+    open_server = load([], {}, MANIFEST)
+    assert read_api_keys(open_server, {}) == ()
+    assert read_api_keys(open_server, {"VLLM_API_KEY": "k"}) == ("k",)
+    assert read_api_keys(open_server, {"COLDSTART_API_KEY": "k"}) == ("k",)
+
+
+def test_a_key_that_is_not_one_never_opens_the_server(tmp_path: Path) -> None:
+    open_server = load([], {}, MANIFEST)
+    for environ in ({"VLLM_API_KEY": ""}, {"COLDSTART_API_KEY": " "}, {"COLDSTART_API_KEY": "two words"}):
+        with pytest.raises(SettingsError):
+            read_api_keys(open_server, environ)
+    with pytest.raises(SettingsError, match="both set"):
+        read_api_keys(open_server, {"VLLM_API_KEY": "a", "COLDSTART_API_KEY": "a"})
+    (tmp_path / "empty").write_text("\n")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for name in ("empty", "binary", "missing"):
+        with pytest.raises(SettingsError, match=name):
+            read_api_keys(load(["--api-key-file", str(tmp_path / name)], {}, MANIFEST), {})
+    with pytest.raises(SettingsError, match="needs an API key"):
+        read_api_keys(load(["--metrics-auth", "key"], {}, MANIFEST), {})
+
+
+def test_print_config_says_where_each_value_came_from_and_hides_secrets() -> None:
+    environ = {"COLDSTART_PORT": "9000", "VLLM_API_KEY": "k3y", "VLLM_X": "1"}
+    settings = load(["--max-model-len", "8", "--hf-token", "t0ken"], environ, MANIFEST)
+    text = describe(settings, environ)
+    rows = {row["name"]: row for row in json.loads(describe(settings, environ, as_json=True))}
+    assert (rows["--port"]["value"], rows["--port"]["from"]) == ("9000", "environment")
+    assert (rows["--max-model-len"]["value"], rows["--max-model-len"]["from"]) == ("8", "flag")
+    assert rows["--enforce-eager"]["from"] == "image"
+    assert rows["--served-model-name"]["from"] == "image"
+    assert rows["--drain-delay"]["from"] == "default"
+    assert rows["VLLM_X"]["value"] == "1"
+    assert rows["VLLM_API_KEY"]["value"] == "***"
+    assert "k3y" not in text
+    assert "t0ken" not in text
+    assert all(name in text for name in rows)
+
+
+def test_help_lists_ours_and_vllms_by_group_without_what_is_refused() -> None:
+    text = help_text(KNOWN)
+    assert all(option.flag in text and option.variable in text for option in OPTIONS)
+    assert "vLLM, ModelConfig:" in text
+    assert "--tensor-parallel-size, -tp" in text
+    assert "  --api-key\n" not in text
+
+
+def test_the_documented_table_is_the_one_in_the_code() -> None:
+    assert settings_module.markdown_table() in (ROOT / "docs" / "operating.md").read_text()
+
+
+def test_keys_are_not_in_the_representation() -> None:
+    from dataclasses import replace
+
+    assert "k3y" not in repr(replace(load([], {}, MANIFEST), api_keys=("k3y",)))
+
+
+def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path) -> None:
+    """The process itself: exit codes, one message, JSON where asked for, no traceback."""
+    manifest = tmp_path / "manifest.json"
+    model = {"path": "/models/tiny", "served_name": "tiny", "files": []}
+    manifest.write_text(json.dumps({"device": "cpu", "engine_args": [], "model": model}))
+    arguments = [{"group": "g", "flags": ["--max-model-len"], "help": "h"}]
+    (tmp_path / "vllm-arguments.json").write_text(json.dumps(arguments))
+
+    def run(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "runtime", *argv],
+            env={"PYTHONPATH": str(ROOT), "COLDSTART_MANIFEST": str(manifest), **environ},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+
+    wrong = run("--max-modle-len", "8")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr == "coldstart: unknown flag --max-modle-len: did you mean --max-model-len?\n"
+    in_json = run("--log-format=json", "--max-modle-len", "8")
+    record = json.loads(in_json.stderr)
+    assert (in_json.returncode, record["level"], record["logger"]) == (2, "error", "coldstart")
+    assert run(COLDSTART_DRIAN_DELAY="1").returncode == 2
+    shown = run("--print-config", "--max-model-len", "8", COLDSTART_API_KEY="k3y")
+    assert shown.returncode == 0
+    assert "--max-model-len" in shown.stdout
+    assert "k3y" not in shown.stdout + shown.stderr
+    helped = run("--help")
+    assert helped.returncode == 0
+    assert "vLLM, g:" in helped.stdout
+    hidden = run()
+    assert hidden.returncode == 3
+    assert "mounted over it" in hidden.stderr
 
 
 def test_manifest_missing_or_damaged(tmp_path: Path) -> None:
@@ -62,31 +270,3 @@ def test_manifest_missing_or_damaged(tmp_path: Path) -> None:
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(SettingsError, match="damaged"):
             Manifest.read(tmp_path / "manifest.json")
-
-
-def test_gpu_image_without_a_gpu_is_refused_with_the_way_out() -> None:
-    gpu = Manifest("/models/tiny", "tiny", "cuda", ())
-    with pytest.raises(PreflightError, match="--gpus all"):
-        check(gpu, exists=lambda path: "dev" not in path.parts)
-    check(gpu, exists=lambda _: True)
-
-
-def test_hidden_model_is_told() -> None:
-    with pytest.raises(PreflightError, match="mounted over it"):
-        check(MANIFEST, exists=lambda _: False)
-
-
-def test_api_key_is_the_content_of_the_file(tmp_path: Path) -> None:
-    assert read_api_key({}) is None
-    path = tmp_path / "api-key"
-    path.write_text("secret\n")
-    assert read_api_key({"COLDSTART_API_KEY_FILE": str(path)}) == "secret"
-
-
-@pytest.mark.parametrize("content", [None, "", "\n"])
-def test_api_key_file_without_a_key_is_refused(tmp_path: Path, content: str | None) -> None:
-    path = tmp_path / "api-key"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(SettingsError, match="COLDSTART_API_KEY_FILE"):
-        read_api_key({"COLDSTART_API_KEY_FILE": str(path)})

@@ -1,0 +1,151 @@
+"""Each check with the facts of a machine that fails it, and of one that does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runtime.preflight import (
+    Facts,
+    Gpu,
+    PreflightError,
+    cache_bytes,
+    check,
+    gather,
+    memory_limit,
+    minimum_driver,
+    parse_driver,
+    parse_gpus,
+)
+from runtime.settings import Manifest, load
+
+GIB = 1 << 30
+CONFIG = {"num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 8}
+CPU = Manifest("/models/tiny", "tiny", "cpu", ("--kv-cache-memory-bytes", str(2 * GIB)), weight_bytes=GIB)
+GPU = Manifest("/models/tiny", "tiny", "cuda", (), weight_bytes=8 * GIB, quantization="awq int4 g128")
+L4 = Gpu("NVIDIA L4", (8, 9), 23 * GIB)
+GOOD = Facts(
+    gpu_visible=True,
+    gpu_count=4,
+    driver=(580, 95),
+    gpus=(L4,) * 4,
+    memory=64 * GIB,
+    shm_free=GIB,
+    read_only=(),
+    config=CONFIG,
+)
+ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+
+
+@pytest.mark.parametrize(
+    ("manifest", "argv"),
+    [
+        (CPU, []),
+        (GPU, []),
+        (GPU, ["-tp", "4"]),
+        (GPU, ["-tp", "2", "-pp", "2"]),
+        (GPU, ["-tp", "12", "--nnodes", "3"]),
+        (GPU, ["-tp", "what"]),
+    ],
+)
+def test_good_machine_passes(manifest: Manifest, argv: list[str]) -> None:
+    check(load(argv, {}, manifest), GOOD, ENVIRON if manifest is CPU else {"CUDA_VERSION": "13.0.1"})
+
+
+@pytest.mark.parametrize(
+    ("manifest", "argv", "facts", "words"),
+    [
+        (GPU, [], replace(GOOD, gpu_visible=False), "--gpus all"),
+        (GPU, [], replace(GOOD, driver=(535, 104)), "driver is 535.104, and CUDA 13.0.1.*wants 580.65"),
+        (GPU, [], replace(GOOD, gpus=(Gpu("Tesla V100", (7, 0), 16 * GIB),)), "capability 7.0.*needs 7.5"),
+        (GPU, [], replace(GOOD, gpus=(replace(L4, memory=6 * GIB),)), "weights take 8.0 GiB on each GPU"),
+        (GPU, ["-tp", "2"], replace(GOOD, gpus=(L4,)), "needs 2 GPUs, and 1 is visible.*--gpus all"),
+        (GPU, ["-tp", "4"], replace(GOOD, gpus=None, gpu_count=2), "needs 4 GPUs, and 2 are visible"),
+        (GPU, ["-tp", "4"], replace(GOOD, config={"num_attention_heads": 14}), "--tensor-parallel-size 2"),
+        (GPU, ["-tp", "3"], GOOD, "4 key-value heads.*--tensor-parallel-size 2"),
+        (GPU, ["-pp", "4"], replace(GOOD, config={**CONFIG, "num_hidden_layers": 3}), "3 layers"),
+        (GPU, ["-tp", "2"], replace(GOOD, shm_free=64 << 20), "64 MiB free.*--shm-size 1g"),
+        (CPU, [], replace(GOOD, memory=2 * GIB), "may use 2.0 GiB.*--memory 5g"),
+        (CPU, ["--distributed-executor-backend", "mp"], replace(GOOD, shm_free=64 << 20), "--shm-size 1g"),
+        (CPU, [], replace(GOOD, read_only=("/tmp",)), "--tmpfs /tmp"),
+        (CPU, [], replace(GOOD, config=None), "mounted over it"),
+    ],
+)
+def test_bad_machine_is_told_with_the_way_out(
+    manifest: Manifest, argv: list[str], facts: Facts, words: str
+) -> None:
+    environ = ENVIRON if manifest is CPU else {"CUDA_VERSION": "13.0.1"}
+    with pytest.raises(PreflightError, match=words):
+        check(load(argv, {}, manifest), facts, environ)
+
+
+def test_multiprocess_executor_of_the_cpu_needs_shared_memory() -> None:
+    with pytest.raises(PreflightError, match="--shm-size"):
+        check(load([], {}, CPU), replace(GOOD, shm_free=64 << 20), {})
+
+
+def test_what_cannot_be_told_refuses_nothing() -> None:
+    unknown = Facts(True, 0, None, None, None, None, (), {})
+    check(load(["-tp", "2"], {}, GPU), unknown, {"CUDA_VERSION": "13.0.1"})
+    check(load([], {}, CPU), unknown, ENVIRON)
+
+
+def test_latent_attention_has_no_key_value_heads_to_spread() -> None:
+    config = {"num_attention_heads": 12, "num_key_value_heads": 4, "kv_lora_rank": 512}
+    check(load(["-tp", "3"], {}, GPU), replace(GOOD, config={"text_config": config}), {})
+
+
+def test_memory_is_the_least_of_group_and_node() -> None:
+    meminfo = "MemTotal: 9 kB\nMemAvailable:    1024 kB\n"
+    assert memory_limit(meminfo, None, None) == 1 << 20
+    assert memory_limit(meminfo, "4096\n", None) == 4096
+    assert memory_limit(meminfo, "max\n", None) == 1 << 20
+    assert memory_limit(meminfo, None, "9223372036854771712\n") == 1 << 20
+    assert memory_limit(None, None, None) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "environ", "expected"),
+    [
+        ("1024", {}, 1024),
+        ("2G", {}, 2 * GIB),
+        ("1.5g", {}, 1_500_000_000),
+        ("auto", {}, 0),
+        ("1", {"VLLM_CPU_KVCACHE_SPACE": "4"}, 4 * GIB),
+    ],
+)
+def test_cache_that_is_asked_for(text: str, environ: dict[str, str], expected: int) -> None:
+    manifest = replace(CPU, engine_args=())
+    assert cache_bytes(load(["--kv-cache-memory-bytes", text], {}, manifest), environ) == expected
+
+
+def test_what_nvidias_tools_print() -> None:
+    text = "NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.104.05  Sat Aug 19 01:15:15 UTC 2023\n"
+    assert parse_driver(text) == (535, 104)
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
+    assert parse_driver(text) == (580, 95)
+    assert parse_driver(None) is None
+    assert parse_gpus("NVIDIA L4, 8.9, 23034\n") == (Gpu("NVIDIA L4", (8, 9), 23034 << 20),)
+    assert parse_gpus("NVIDIA L4, [N/A], 23034\n") is None
+    assert parse_gpus("") is None
+
+
+def test_driver_is_not_asked_for_where_the_image_brings_its_own() -> None:
+    assert minimum_driver({"CUDA_VERSION": "12.9.1"}) == (525, 60)
+    assert minimum_driver({"CUDA_VERSION": "13.0", "VLLM_ENABLE_CUDA_COMPATIBILITY": "1"}) is None
+    assert minimum_driver({"CUDA_VERSION": "13.0", "LD_LIBRARY_PATH": "/usr/local/cuda/compat"}) is None
+    assert minimum_driver({}) is None
+
+
+def test_facts_of_this_machine(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    manifest = replace(CPU, model_path=str(tmp_path))
+    missing = str(tmp_path / "not-there")
+    facts = gather(manifest, {"HOME": str(tmp_path), "TMPDIR": missing})
+    assert facts.config == {"num_attention_heads": 2}
+    assert facts.read_only == (missing,)
+    assert facts.memory is not None
+    assert facts.gpus is None
+    assert gather(replace(manifest, model_path=missing), {}).config is None
