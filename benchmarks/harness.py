@@ -20,10 +20,10 @@ from typing import Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks import client
-from benchmarks.schema import BenchResult, ImageFacts, Machine, Run, Workload
+from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Run, Workload
 from builder.errors import ColdstartError, InputError, VerifyError
 from builder.report import Reporter, Task
-from runtime.phases import Phase, PhaseEvent, covered_seconds, now
+from runtime.phases import Phase, covered_seconds, now
 
 __all__ = [
     "ContainerHost",
@@ -201,7 +201,7 @@ class _Sample:
     first_token_at: float | None = None
     answer: str = ""
     started: float | None = None
-    reported: tuple[PhaseEvent, ...] | None = None
+    reported: tuple[MeasuredPhase, ...] | None = None
     exit_code: int | None = None
     stop_seconds: float | None = None
     error: str = ""
@@ -233,7 +233,7 @@ class _Sample:
             log_tail=self.log_tail,
         )
 
-    def _client_events(self) -> Iterator[PhaseEvent]:
+    def _client_events(self) -> Iterator[MeasuredPhase]:
         if self.started is not None:
             yield _client_event(Phase.CONTAINER_START, self.created_at, self.started)
         if self.ready_at is None:
@@ -245,8 +245,8 @@ class _Sample:
             yield _client_event(Phase.FIRST_TOKEN, self.ready_at, self.first_token_at)
 
 
-def _client_event(phase: Phase, start: float, end: float) -> PhaseEvent:
-    return PhaseEvent(phase, start, end, process="client", pid=os.getpid())
+def _client_event(phase: Phase, start: float, end: float) -> MeasuredPhase:
+    return MeasuredPhase(phase, start, end, process="client", pid=os.getpid())
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +411,7 @@ class _Startup(BaseModel):
 
     schema_: Literal[1] = Field(alias="schema")
     started: float | None = None
-    phases: tuple[PhaseEvent, ...]
+    phases: tuple[MeasuredPhase, ...]
 
 
 def _read_startup(port: int, sample: _Sample) -> None:

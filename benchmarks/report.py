@@ -32,6 +32,7 @@ OVERLAP_NOTE = "phases overlap; they do not add up"
 _LOG_LINES_SHOWN = 5
 _OVERLAP_SECONDS = 0.001
 _POINT_SHARE = 0.005
+_CACHE = {"cold": "cold", "warm": "warm", "as_is": "not controlled"}
 _NOTHING = "–"  # noqa: RUF001 - typography, in a cell of its own
 
 
@@ -237,7 +238,18 @@ def _compared(result: BenchResult) -> str:
     turns = ", in turn" if several else ""
     failed = f"{len(result.failed)} of {len(result.runs)} runs failed" if result.failed else "none failed"
     verb = "Compared" if several else "Measured"
-    return f"{verb}: {names}, {started}{turns}; {failed}; page cache {result.page_cache}."
+    return f"{verb}: {names}, {started}{turns}; {failed}; {_state(result)}."
+
+
+def _state(result: BenchResult) -> str:
+    states = {run.state for run in result.runs}
+    if len(states) != 1:
+        return "caches in differing states"
+    (state,) = states
+    pulled = ["pulled before each run"] if state.pulled else []
+    return ", ".join(
+        [f"page cache {_CACHE[state.page_cache]}", f"compile cache {_CACHE[state.compile_cache]}", *pulled]
+    )
 
 
 def _times(count: int) -> str:

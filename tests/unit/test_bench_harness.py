@@ -18,10 +18,10 @@ from rich.console import Console
 
 from benchmarks.harness import describe_machine, interleave, run_benchmark
 from benchmarks.report import comparison, markdown_table, phase_rows, phase_table, short_names, summary_lines
-from benchmarks.schema import BenchResult, ImageFacts, Run, Workload
+from benchmarks.schema import BenchResult, ImageFacts, MeasuredPhase, Run, Workload
 from builder.errors import HostError, InputError
 from builder.report import SilentReporter
-from runtime.phases import Phase, PhaseEvent
+from runtime.phases import Phase
 
 STUB = Path(__file__).with_name("bench_stub_server.py")
 REPORTED_SECONDS = {Phase.SERVER_BIND: 0.02, Phase.ENGINE_IMPORT: 0.05, Phase.WEIGHT_LOAD: 0.04}
@@ -396,7 +396,6 @@ def test_the_result_file_reads_back_as_it_was(pair: tuple[BenchResult, list[Benc
     result, _ = pair
     text = result.model_dump_json(indent=2)
     assert BenchResult.model_validate_json(text) == result
-    assert json.loads(text)["page_cache"] == "not controlled"
     assert json.loads(text)["runs"][0]["phases"][0]["phase"] == "container_start"
 
 
@@ -429,14 +428,14 @@ def known_run(image: str, order: int, total: float, *, runtime: bool = True, t0:
     """Container start 1 s; import [1, 3]; weights [2, 4]; nothing [4, total - 0.5]; first token 0.5 s."""
     end = t0 + total
     events = [
-        PhaseEvent(Phase.READY, end - 0.5, end - 0.5, "client", 7),
-        PhaseEvent(Phase.FIRST_TOKEN, end - 0.5, end, "client", 7),
+        MeasuredPhase(Phase.READY, end - 0.5, end - 0.5, "client", 7),
+        MeasuredPhase(Phase.FIRST_TOKEN, end - 0.5, end, "client", 7),
     ]
     if runtime:
         events = [
-            PhaseEvent(Phase.CONTAINER_START, t0, t0 + 1, "client", 7),
-            PhaseEvent(Phase.ENGINE_IMPORT, t0 + 1, t0 + 3, "api", 1),
-            PhaseEvent(Phase.WEIGHT_LOAD, t0 + 2, t0 + 4, "engine_core", 2),
+            MeasuredPhase(Phase.CONTAINER_START, t0, t0 + 1, "client", 7),
+            MeasuredPhase(Phase.ENGINE_IMPORT, t0 + 1, t0 + 3, "api", 1),
+            MeasuredPhase(Phase.WEIGHT_LOAD, t0 + 2, t0 + 4, "engine_core", 2),
             *events,
         ]
     return Run(
