@@ -16,7 +16,7 @@ from benchmarks.schema import BenchResult, Machine, Run
 from benchmarks.stats import (
     MIN_SAMPLES_FOR_95_PERCENT,
     MIN_SAMPLES_FOR_INTERVAL,
-    Ratio,
+    Estimate,
     Summary,
     outlier_note,
     ratio_of_medians,
@@ -299,7 +299,7 @@ def _ratio_lines(result: BenchResult) -> list[str]:
     return lines
 
 
-def _interval(ratio: Ratio, fewest: int) -> str:
+def _interval(ratio: Estimate, fewest: int) -> str:
     if ratio.interval is None:
         return f"fewer than {MIN_SAMPLES_FOR_INTERVAL} runs of each: an interval would not be meaningful"
     low, high = ratio.interval
