@@ -10,6 +10,7 @@ from itertools import groupby
 from benchmarks.schema import MeasuredPhase, Resources, Run
 from runtime.phases import Phase
 
+_OVERLAP_SECONDS = 0.001
 _BEFORE_CREATE = frozenset({Phase.IMAGE_PULL, Phase.IMAGE_UNPACK})
 
 
@@ -103,6 +104,13 @@ class Waterfall:
     @property
     def critical(self) -> frozenset[Bar]:
         return frozenset(segment.bar for segment in self.path if segment.bar)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the phases sum to more than the time that they cover."""
+        summed = sum(bar.seconds for lane in self.lanes for bar in lane.bars)
+        covered = sum(segment.seconds for segment in self.path if segment.bar)
+        return summed > covered + _OVERLAP_SECONDS
 
     def shares(self) -> list[tuple[Phase | None, float]]:
         """Seconds of the critical path by phase, None for unattributed, the longest first."""

@@ -184,6 +184,6 @@ def noise_note(samples: Sequence[float]) -> str | None:
     if share <= _NOISE_SHARE:
         return None
     return (
-        f"noisy: the middle half of the runs spreads over {share:.0%} of the median; stop what else uses this "
-        "machine, or pass --until 5% to run until the interval is narrow."
+        f"noisy: the middle half of the runs spreads over {share:.0%} of the median; stop what else uses "
+        "this machine, or pass --until 5% to run until the interval is narrow."
     )
