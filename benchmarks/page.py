@@ -55,9 +55,8 @@ def page(result: BenchResult, notes: Sequence[str] = ()) -> str:
     images = [_image(result, reference, name) for reference, name in short_names(result).items()]
     shown = [run.drawn.seconds for image in images for run in image.runs if run.shown]
     most = max((run.drawn.seconds for image in images for run in image.runs), default=0.0)
-    kinds = dict.fromkeys(
-        KINDS[bar.phase] for image in images for run in image.runs for bar in _bars(run.drawn)
-    )
+    all_kinds = list(dict.fromkeys(KINDS.values()))
+    seen = {KINDS[bar.phase] for image in images for run in image.runs for bar in _bars(run.drawn)}
     return render_page(
         "bench.html.j2",
         result=result,
@@ -66,15 +65,15 @@ def page(result: BenchResult, notes: Sequence[str] = ()) -> str:
         scale=max(shown, default=0.0) or 1.0,
         ticks=ticks(max(shown, default=0.0)),
         most=most or 1.0,
-        kinds=list(kinds),
-        all_kinds=list(dict.fromkeys(KINDS.values())),
+        kinds=[kind for kind in all_kinds if kind in seen],
+        all_kinds=all_kinds,
         rows=phase_rows(result),
         caption=caption(result),
         compared=compared(result),
         machine=machine(result),
         notes=[*notes, *note_lines(result)],
         segments=_segments,
-        kind=lambda bar: list(dict.fromkeys(KINDS.values())).index(KINDS[bar.phase]),
+        kind=lambda bar: all_kinds.index(KINDS[bar.phase]),
         label=lambda bar: bar.phase.value.replace("_", " ") if bar else UNATTRIBUTED,
         facts=lambda part, drawn: json.dumps(_facts(part, drawn)),
     )

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from builder.errors import InputError
 from runtime.phases import Phase, PhaseEvent, covered_seconds
 
 SCHEMA_VERSION: Final = 2
@@ -182,6 +184,22 @@ class BenchResult(BaseModel):
     @property
     def failed(self) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if not run.ok)
+
+
+def read_result(path: Path) -> BenchResult:
+    """What `coldstart bench --json` wrote. Raises InputError for anything else, later versions too."""
+    try:
+        return BenchResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}", why=str(error), fix="Check the path.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{path} is not a result of `coldstart bench --json`",
+            why=f"{where}: {first['msg']}." if where else f"{first['msg']}.",
+            fix=f"This version reads results of schema version 1 to {SCHEMA_VERSION}.",
+        ) from error
 
 
 def json_schema() -> str:

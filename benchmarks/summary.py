@@ -110,7 +110,8 @@ def verdict(run: Run) -> str:
         for other, length in others[:2]
         if length >= _NEXT_MIN_SHARE * drawn.seconds
     ]
-    return f"{share}; next: {', '.join(following)}." if following else f"{share}."
+    told = f"{share}; next: {', '.join(following)}" if following else share
+    return f"{told}; the image reports no phases." if run.phases_from == "client" else f"{told}."
 
 
 def ratio(result: BenchResult, image: str) -> Estimate | None:

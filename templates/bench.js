@@ -40,7 +40,10 @@ main.addEventListener("focusin", (event) => {
   if (bar && bar.matches(":focus-visible")) tell(bar);
 });
 main.addEventListener("focusout", () => tell(kept));
-addEventListener("resize", () => tell(kept));
+addEventListener("resize", () => {
+  tell(kept);
+  relabel();
+});
 
 // One tab stop a run; the arrow keys go from bar to bar.
 
@@ -84,6 +87,22 @@ function rescale() {
   }
 }
 
+// The longest label that fits; the style sheet hides one that does not.
+
+const pen = document.createElement("canvas").getContext("2d");
+
+function relabel() {
+  for (const bar of document.querySelectorAll(".run:not([hidden]) .bar")) {
+    const span = bar.querySelector("span");
+    const style = getComputedStyle(bar);
+    pen.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    span.dataset.full ??= span.textContent;
+    const [, name, seconds] = span.dataset.full.match(/(.*) (\S+)/);
+    const fits = (text) => pen.measureText(text).width + 10 < bar.clientWidth;
+    span.textContent = [span.dataset.full, name, seconds].find(fits) ?? span.dataset.full;
+  }
+}
+
 function press(chip, on) {
   chip.setAttribute("aria-pressed", on);
   document.getElementById(chip.getAttribute("aria-controls")).hidden = !on;
@@ -109,4 +128,6 @@ main.addEventListener("click", (event) => {
     press(chip, chip.getAttribute("aria-pressed") !== "true");
   }
   rescale();
+  relabel();
 });
+relabel();

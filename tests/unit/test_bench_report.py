@@ -201,7 +201,10 @@ def test_the_verdict_names_what_dominates_the_critical_path() -> None:
         "ours:awq: weight loading is 2.0 of 6.0 s (33%); "
         "next: time that no phase explains 1.5 s, container start 1.0 s." in lines
     )
-    assert "stock[1]: time that no phase explains is 11.5 of 12.0 s (96%); next: first token 0.5 s." in lines
+    assert (
+        "stock[1]: time that no phase explains is 11.5 of 12.0 s (96%); next: first token 0.5 s; "
+        "the image reports no phases." in lines
+    )
 
 
 def test_scatter_is_told_with_a_remedy() -> None:
