@@ -129,14 +129,14 @@ def table(lines: Sequence[Series]) -> RenderableType:
     longest = max(point.seconds.value for line in lines for point in line.points)
     for line in lines:
         grid = Table(box=box.SIMPLE_HEAD, title=Text(line.name, style="bold"), title_justify="left")
-        for name in ("version", "measured"):
-            grid.add_column(name, no_wrap=True)
-        for name in ("first token", "runs", "to the one before"):
-            grid.add_column(name, justify="right")
+        for name in ("version", "measured", "first token, s", "runs", "change"):
+            grid.add_column(
+                name, no_wrap=True, justify="left" if name in ("version", "measured") else "right"
+            )
         grid.add_column("")
         for point in line.points:
             style = {"regression": "red", "improvement": "green"}.get(point.mark, "")
-            bar = "█" * max(1, round(20 * point.seconds.value / longest))
+            bar = "█" * max(1, round(10 * point.seconds.value / longest))
             grid.add_row(*_cells(point), Text(f"{bar} {point.mark}", style=style))
         parts.append(grid)
     return Group(*parts, *(Text(sentence) for sentence in marked(lines)))
@@ -148,8 +148,8 @@ def _cells(point: Point) -> list[str]:
     change = "" if point.change is None else f"{point.change.value:.2f}"
     if point.change and point.change.interval:
         change += f" ({point.change.interval[0]:.2f}-{point.change.interval[1]:.2f})"
-    measured = f"{point.result.created:%Y-%m-%d %H:%M}"
-    return [point.label, measured, f"{found.value:.2f} s{spread}", str(len(point.samples)), change]
+    measured = f"{point.result.created:%Y-%m-%d}"
+    return [point.label, measured, f"{found.value:.2f}{spread}", str(len(point.samples)), change]
 
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, WIDTH - 40.0, 64.0, HISTORY_HEIGHT - 64.0

@@ -99,7 +99,7 @@ def draw(run: Run, name: str) -> RenderableType:
     return Group(Text(title, style="bold"), grid)
 
 
-def markdown(result: BenchResult) -> str:
+def markdown(result: BenchResult, notes: Sequence[str] = ()) -> str:
     """The phase table for a README, with machine, verdicts and ratios beneath."""
     rows = phase_rows(result)
     names = [f"`{image.reference}`" for image in result.images]
@@ -109,7 +109,7 @@ def markdown(result: BenchResult) -> str:
         name = f"**{row.name}**" if row.name == FIRST_TOKEN_TOTAL else row.name
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"{caption(result)}. {compared(result)} {machine(result)}", ""]
-    lines += [f"- {line}" for line in verdict_lines(result)]
+    lines += [f"- {line}" for line in (*verdict_lines(result), *notes)]
     return "\n".join([*lines, ""])
 
 

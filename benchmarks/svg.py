@@ -25,12 +25,12 @@ _FONT = (
 )
 # Colours stand in attributes, for readers without style sheets; dark ones win where the reader prefers them.
 _LIGHT = {
-    "bg": "#ffffff", "fg": "#17202e", "muted": "#5a6577", "line": "#dfe3ea", "gap": "#dbe0e8", "ink": "#0d1420",
-    "bad": "#b3261e", "good": "#1a7f4b",
+    "bg": "#ffffff", "fg": "#17202e", "muted": "#5a6577", "line": "#dfe3ea", "gap": "#dbe0e8",
+    "ink": "#0d1420", "bad": "#b3261e", "good": "#1a7f4b",
 }  # fmt: skip
 _DARK = {
-    "bg": "#181e27", "fg": "#e6eaf0", "muted": "#9aa6b8", "line": "#2c3542", "gap": "#3a4453", "ink": "#0d1420",
-    "bad": "#ff8a80", "good": "#5fd39a",
+    "bg": "#181e27", "fg": "#e6eaf0", "muted": "#9aa6b8", "line": "#2c3542", "gap": "#3a4453",
+    "ink": "#0d1420", "bad": "#ff8a80", "good": "#5fd39a",
 }  # fmt: skip
 _NO_LETTER = '<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>'
 _LETTER = _NO_LETTER.replace("/>", f'><text y="9" font-family="{_FONT}">X</text></svg>')
@@ -219,8 +219,8 @@ def _wrapped(text: str, size: float) -> list[str]:
     return textwrap.wrap(text, int((WIDTH - 2 * _MARGIN) / (size * _CHARACTER)))
 
 
-def png(svg: str) -> bytes:
-    """The drawing, light, at twice its size. HostError where the library or a font is missing."""
+def check_png() -> None:
+    """HostError where the library that draws PNG, or any font, is missing."""
     try:
         import resvg_py
     except ImportError as error:
@@ -234,4 +234,11 @@ def png(svg: str) -> bytes:
             "There is no font on this machine: the PNG would have no text.",
             fix="Install one, such as Debian's fonts-dejavu-core, or write --svg.",
         )
+
+
+def png(svg: str) -> bytes:
+    """The drawing, light, at twice its size."""
+    check_png()
+    import resvg_py
+
     return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * WIDTH))

@@ -363,6 +363,48 @@ def test_images_take_turns() -> None:
     assert interleave("AB", 3) == [("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
 
 
+def test_more_runs_follow_until_they_are_enough_in_whole_rounds() -> None:
+    asked: list[int] = []
+
+    def enough(result: BenchResult) -> bool:
+        asked.append(len(result.runs))
+        return len(result.runs) >= 4
+
+    result = bench(StubHost(a={}, b={}), "a", "b", runs=1, until=0.05, max_runs=3, enough=enough)
+    assert asked == [2, 4]
+    assert [run.image for run in result.runs] == ["a", "b", "b", "a"]
+    assert (result.runs_per_image, result.until, result.max_runs_per_image) == (1, 0.05, 3)
+
+
+def test_runs_end_at_the_most_that_is_allowed() -> None:
+    assert len(bench(StubHost(a={}), "a", runs=1, max_runs=2).runs) == 2
+
+
+def test_fewer_runs_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(InputError, match="fewer"):
+        bench(StubHost(a={}), "a", runs=3, max_runs=2)
+
+
+def test_a_watcher_sees_each_run_and_the_phase_that_the_image_tells() -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.all: list[object] = []
+
+        def begin(self, image: str) -> None:
+            self.all.append(image)
+
+        def poll(self, phase: Phase | None) -> None:
+            if phase != self.all[-1]:
+                self.all.append(phase)
+
+        def end(self, run: Run) -> None:
+            self.all.append(run)
+
+    seen = Seen()
+    result = bench(StubHost(a={}), "a", watcher=seen)
+    assert seen.all == ["a", Phase.ENGINE_IMPORT, *result.runs]
+
+
 @pytest.fixture(scope="module")
 def pair() -> tuple[BenchResult, list[BenchResult]]:
     """Two runs of ours and of a foreign image, and everything that was saved on the way."""
