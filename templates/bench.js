@@ -92,7 +92,7 @@ function rescale() {
 const pen = document.createElement("canvas").getContext("2d");
 
 function relabel() {
-  for (const bar of document.querySelectorAll(".run:not([hidden]) .bar")) {
+  for (const bar of document.querySelectorAll(".run:not([hidden]) .bar:not(.moment)")) {
     const span = bar.querySelector("span");
     const style = getComputedStyle(bar);
     pen.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
