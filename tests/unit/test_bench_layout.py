@@ -42,7 +42,7 @@ def drawn(seconds: float, *events: MeasuredPhase) -> Waterfall:
 
 
 def path(seconds: float, *events: MeasuredPhase) -> list[tuple[Phase | None, float, float]]:
-    return [(s.bar and s.bar.phase, s.start, s.end) for s in drawn(seconds, *events).path]
+    return [(s.bar.phase if s.bar else None, s.start, s.end) for s in drawn(seconds, *events).path]
 
 
 def test_one_after_the_other_all_is_critical() -> None:
