@@ -11,7 +11,6 @@ from benchmarks.schema import MeasuredPhase, Resources, Run
 from runtime.phases import Phase
 
 _OVERLAP_SECONDS = 0.001
-_BEFORE_CREATE = frozenset({Phase.IMAGE_PULL, Phase.IMAGE_UNPACK})
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +121,8 @@ class Waterfall:
 
 
 def waterfall(run: Run) -> Waterfall:
-    """From the image pull, where it was measured, else from the create call, to the run's end.
-
-    What lies outside of this start, such as before a snapshot was taken, is left out.
-    """
-    origin = min([run.created_at, *(event.start for event in run.phases if event.phase in _BEFORE_CREATE)])
+    """What lies outside of this start, such as before a snapshot was taken, is left out."""
+    origin = run.created_at
     seconds = _rounded(run.end - origin)
     inside = [event for event in run.phases if event.end >= origin and event.start <= run.end]
     inside.sort(key=lambda event: (event.start, event.end))

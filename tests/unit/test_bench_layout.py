@@ -137,12 +137,6 @@ def test_two_processes_of_one_name_are_two_lanes() -> None:
     assert [(lane.process, lane.pid) for lane in found.lanes] == [("worker", 1), ("worker", 2)]
 
 
-def test_a_pull_before_the_create_call_moves_the_beginning() -> None:
-    found = drawn(2, event(Phase.IMAGE_PULL, -3, -1), event(START, 0, 2))
-    assert found.seconds == 5
-    assert [(s.start, s.end) for s in found.path] == [(0, 2), (2, 3), (3, 5)]
-
-
 def test_what_happened_before_this_start_is_left_out() -> None:
     found = drawn(2, event(IMPORT, -9, -5), event(START, 0, 2))
     assert [bar.phase for lane in found.lanes for bar in lane.bars] == [START]
