@@ -68,6 +68,10 @@ class FileBaseline:
     result: BenchResult
     image: str
 
+    @property
+    def runs(self) -> int:
+        return len(self.result.measured(self.image))
+
     def put_first(self, result: BenchResult) -> BenchResult:
         return with_baseline(result, self.result, self.image)
 

@@ -318,7 +318,7 @@ def bench(
     from benchmarks.harness import run_benchmark
     from benchmarks.live import LiveView
     from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
-    from benchmarks.stats import precise_enough
+    from benchmarks.stats import MIN_SAMPLES_FOR_95_PERCENT, precise_enough
     from benchmarks.summary import estimates
     from builder import build as pipeline
     from builder.docker_engine import DockerEngine
@@ -334,6 +334,12 @@ def bench(
     if baseline and not earlier:
         chosen = [baseline, *(image for image in chosen if image != baseline)]
     _check_regression(max_regression, baseline, len(chosen) + bool(earlier))
+    if until and earlier and earlier.runs < MIN_SAMPLES_FOR_95_PERCENT:
+        raise InputError(
+            f"--until cannot be reached: {baseline} holds {earlier.runs} measured runs",
+            why=f"An interval needs {MIN_SAMPLES_FOR_95_PERCENT} of each side.",
+            fix="Leave out --until, or give --baseline the image.",
+        )
     engine = DockerEngine()
     live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 

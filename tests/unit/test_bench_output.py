@@ -255,6 +255,10 @@ def test_only_a_sure_regression_fails_with_a_code_of_its_own(
         (["a", "--json", "/nonexistent/a.json"], "/nonexistent is not a folder"),
         (["a", "--baseline", str(ROOT / "pyproject.toml")], "is not a result of `coldstart bench --json`"),
         (["a", "--baseline", str(COMMITTED)], "holds several images, and none is called a"),
+        (
+            ["coldstart-bench/smollm2:awq", "--baseline", str(COMMITTED), "--until", "5%"],
+            "--until cannot be reached",
+        ),
         (["report", "/nonexistent.json"], "cannot read /nonexistent.json"),
         (["report", str(COMMITTED), "--baseline", str(ROOT / "pyproject.toml")], "is not a result"),
         (["history", str(ROOT / "docs")], "holds no results"),
