@@ -1,4 +1,4 @@
-"""A benchmark as it goes, on a terminal: phases fill up, finished runs stay in sight."""
+"""A benchmark as it goes, on a terminal: phases fill up; finished runs are noted above."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from benchmarks.schema import Run
 from builder.report import Task
 from runtime.phases import Phase, now
 
-_RUNS_SHOWN = 8
 _REFRESH_PER_SECOND = 4  # drawing costs CPU that the start under test needs
 
 
@@ -83,10 +82,6 @@ class LiveView:
         ]
         if self._image:
             lines.append(self._running())
-        for run in self._runs[-_RUNS_SHOWN:]:
-            told = f"{run.total_seconds:.2f} s" if run.total_seconds is not None else f"failed: {run.error}"
-            style = "" if run.ok else "red"
-            lines.append(Text(f"  {run.image} {run.index + 1}: {told}", style=style, overflow="ellipsis"))
         return Group(*lines)
 
     def _running(self) -> RenderableType:

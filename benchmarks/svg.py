@@ -16,6 +16,7 @@ HISTORY_HEIGHT = 420
 _LEFT = 132  # of the first bar: process names stand before it
 _RIGHT = 24
 _MARGIN = 20
+_NAME = 17  # characters of a process that fit
 _ROW = 20
 _BAR = 16
 _CHARACTER = 0.58  # of the font size, a generous mean
@@ -186,7 +187,7 @@ def _one(
     y += _ROW
     for lane in drawn.lanes:
         canvas.line([(_MARGIN, y - 2), (WIDTH - _RIGHT, y - 2)], "line")
-        canvas.text(_MARGIN, y + 12.5, lane.process, size=11.5)
+        canvas.text(_MARGIN, y + 12.5, lane.process[:_NAME], size=11.5)
         for bar in lane.bars:
             x, top = _LEFT + bar.start * scale, y + bar.row * _ROW
             width, critical = max(bar.seconds * scale, 1.0), bar in drawn.critical
