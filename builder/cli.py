@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from builder.spec import ImageSpec
 
 EXIT_INTERRUPTED = 130
+_MAX_RUNS = 30
 
 app = typer.Typer(
     name="coldstart",
@@ -298,7 +299,9 @@ def bench(
             parser=_share, metavar="PERCENT", help="Go on until the interval is this narrow to either side."
         ),
     ] = None,
-    max_runs: Annotated[int, typer.Option(min=1, help="Starts of each image, at most, with --until.")] = 30,
+    max_runs: Annotated[
+        int | None, typer.Option(min=1, help="Starts of each image, at most, with --until [30].")
+    ] = None,
     baseline: Baseline = None,
     max_regression: MaxRegression = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
@@ -318,7 +321,7 @@ def bench(
     from benchmarks.harness import run_benchmark
     from benchmarks.live import LiveView
     from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
-    from benchmarks.stats import MIN_SAMPLES_FOR_95_PERCENT, precise_enough
+    from benchmarks.stats import precise_enough
     from benchmarks.summary import estimates
     from builder import build as pipeline
     from builder.docker_engine import DockerEngine
@@ -334,12 +337,7 @@ def bench(
     if baseline and not earlier:
         chosen = [baseline, *(image for image in chosen if image != baseline)]
     _check_regression(max_regression, baseline, len(chosen) + bool(earlier))
-    if until and earlier and earlier.runs < MIN_SAMPLES_FOR_95_PERCENT:
-        raise InputError(
-            f"--until cannot be reached: {baseline} holds {earlier.runs} measured runs",
-            why=f"An interval needs {MIN_SAMPLES_FOR_95_PERCENT} of each side.",
-            fix="Leave out --until, or give --baseline the image.",
-        )
+    _check_until(until, max_runs, earlier)
     engine = DockerEngine()
     live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 
@@ -358,7 +356,7 @@ def bench(
         reporter=live or _reporter(),
         save=save,
         until=until,
-        max_runs=max(runs, max_runs) if until else None,
+        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
         enough=enough,
         watcher=live,
         engine_version=engine.version,
@@ -426,6 +424,23 @@ def bench_history(
             write_whole(svg, drawing.encode())
         if png:
             write_whole(png, draw_png(drawing))
+
+
+def _check_until(until: float | None, max_runs: int | None, earlier: FileBaseline | None) -> None:
+    """Refuses what could only end at --max-runs, after all of it."""
+    from benchmarks.stats import MIN_SAMPLES_FOR_95_PERCENT as NEEDED
+
+    if until is None:
+        if max_runs is not None:
+            raise InputError("--max-runs is for --until", fix="Give --runs, or both.")
+        return
+    for source, runs in (("--max-runs allows", max_runs), ("the baseline holds", earlier and earlier.runs)):
+        if runs is not None and runs < NEEDED:
+            raise InputError(
+                f"--until cannot be reached: {source} {runs} runs",
+                why=f"An interval needs {NEEDED} on each side.",
+                fix="Allow more runs, give --baseline the image, or leave out --until.",
+            )
 
 
 def _check_regression(allowed: float | None, baseline: str | None, images: int) -> None:

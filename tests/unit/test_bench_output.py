@@ -250,6 +250,8 @@ def test_only_a_sure_regression_fails_with_a_code_of_its_own(
         (["a", "--until", "5"], "5 is not a percentage"),
         (["a", "--until", "-5%"], "-5% is not a percentage"),
         (["a", "--max-regression", "5%"], "nothing to compare"),
+        (["a", "--max-runs", "9"], "--max-runs is for --until"),
+        (["a", "--max-runs", "5", "--until", "5%"], "--until cannot be reached"),
         (["a", "--html", "/nonexistent/a.html"], "/nonexistent is not a folder"),
         (["a", "--json", "/nonexistent/a.json"], "/nonexistent is not a folder"),
         (["a", "--baseline", str(ROOT / "pyproject.toml")], "is not a result of `coldstart bench --json`"),
