@@ -434,7 +434,10 @@ def _check_until(until: float | None, max_runs: int | None, earlier: FileBaselin
         if max_runs is not None:
             raise InputError("--max-runs is for --until", fix="Give --runs, or both.")
         return
-    for source, runs in (("--max-runs allows", max_runs), ("the baseline holds", earlier and earlier.runs)):
+    for source, runs in (
+        ("--max-runs allows", max_runs),
+        ("the baseline holds", earlier.runs if earlier else None),
+    ):
         if runs is not None and runs < NEEDED:
             raise InputError(
                 f"--until cannot be reached: {source} {runs} runs",
