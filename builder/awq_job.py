@@ -3,8 +3,9 @@
     python -I awq_job.py JOB.json
 
 The job file names `model` and `output` (folders), `recipe` (the fields of AwqRecipe) and, where the user
-gave one, `calibration` (texts and chats). CUDA is used where there is a GPU. Progress goes to stdout as JSON
-lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
+gave one, `calibration` (texts and chats) or `calibration_parquet` (a file of them). CUDA is used where there
+is a GPU. Progress goes to stdout as JSON lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and
+everything that a library prints goes to stderr.
 Exit code 0 means that `output` is complete.
 """
 
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,29 @@ def calibration_blocks(
     return [stream[i : i + tokens] for i in range(0, wanted, tokens)]
 
 
-def document_blocks(tokenizer: Any, documents: list[Any], *, samples: int, tokens: int) -> list[list[int]]:
+def parquet_documents(path: str) -> Iterator[Any]:
+    """The texts and chats of a Parquet file, row by row; the columns are the fields of a calibration file."""
+    import pyarrow.parquet
+
+    file = pyarrow.parquet.ParquetFile(path)
+    columns = set(file.schema_arrow.names) & {"text", "messages", "prompt", "completion"}
+    if not columns & {"text", "messages"} and not {"prompt", "completion"} <= columns:
+        raise SystemExit(f"{path} has no column text or messages, nor prompt and completion.")
+
+    def document(value: Any) -> Any:
+        return value if isinstance(value, str) else [{k: m[k] for k in ("role", "content")} for m in value]
+
+    for batch in file.iter_batches(batch_size=64, columns=sorted(columns)):
+        for row in batch.to_pylist():
+            if row.get("text") or row.get("messages"):
+                yield document(row.get("text") or row["messages"])
+            elif row.get("prompt") and row.get("completion"):
+                yield document(row["prompt"]) + document(row["completion"])
+
+
+def document_blocks(
+    tokenizer: Any, documents: Iterable[Any], *, samples: int, tokens: int
+) -> list[list[int]]:
     """At most `samples` blocks of exactly `tokens` token ids, cut from the user's texts and chats in turn."""
     stream: list[int] = []
     for document in documents:
@@ -247,8 +270,11 @@ def main(job_file: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype="auto")
     samples, tokens = recipe["calibration_samples"], recipe["calibration_tokens"]
-    if job.get("calibration"):
-        blocks = document_blocks(tokenizer, job["calibration"], samples=samples, tokens=tokens)
+    documents = job.get("calibration")
+    if job.get("calibration_parquet"):
+        documents = parquet_documents(job["calibration_parquet"])
+    if documents:
+        blocks = document_blocks(tokenizer, documents, samples=samples, tokens=tokens)
     else:
         model.to(_generation_device(model))
         blocks = calibration_blocks(

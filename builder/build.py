@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from builder import lockfile, models, render
-from builder.errors import HostError
+from builder.errors import HostError, ModelError
 from builder.plan import BaseImage, BuildPlan, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
@@ -99,7 +99,7 @@ def prepare_model(
 def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter) -> models.ModelSnapshot:
     from builder.quantize import quantize_awq
 
-    recipe, documents = choose_quantization(spec, snapshot)
+    recipe, documents = choose_quantization(spec, snapshot, reporter)
     form = "symmetric" if recipe.symmetric else "asymmetric"
     reporter.step(f"Quantizing to AWQ: int4, groups of {recipe.group_size}, {form}")
     folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter, calibration=documents)
@@ -110,19 +110,26 @@ def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporte
 
 
 def choose_quantization(
-    spec: ImageSpec, snapshot: models.ModelSnapshot
+    spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
 ) -> tuple[AwqRecipe, Calibration | None]:
     """The recipe that the model's shapes and the spec ask for. Raises ModelError or InputError."""
     from builder import calibration
     from builder.quantize import choose_recipe
 
-    documents = calibration.read(Path(spec.calibration)) if spec.calibration else None
-    recipe = choose_recipe(
-        snapshot.config,
-        samples=spec.calibration_samples,
-        tokens=spec.calibration_tokens,
-        calibration=documents,
-    )
+    documents = calibration.load(spec.calibration, reporter) if spec.calibration else None
+    try:
+        recipe = choose_recipe(
+            snapshot.config,
+            samples=spec.calibration_samples,
+            tokens=spec.calibration_tokens,
+            calibration=documents,
+        )
+    except (TypeError, ValueError, ArithmeticError) as error:  # a shape that is a text, a list, zero or NaN
+        raise ModelError(
+            "cannot choose a recipe for quantizing from config.json",
+            why=f"{error}.",
+            fix="Check the file, or build without --quantize.",
+        ) from None
     return recipe, documents
 
 
@@ -151,7 +158,9 @@ def build(
     push: bool,
     lock_path: Path | None = None,
     locked: bool = False,
+    prewarmed: bool = True,
 ) -> BuiltImage:
+    """prewarmed: start the image once where this host can, and add what that start recorded."""
     # The cheapest checks first: a wrong name should not cost a pull, nor a wrong base or flag a download.
     models.parse_ref(spec.model, spec.revision)
     if locked:
@@ -180,9 +189,22 @@ def build(
     image = engine.build(
         render.render_image(plan), plan.tag, label=plan.label, platform=spec.platform, reporter=reporter
     )
+    if prewarmed and spec.platform is None:
+        image = _prewarm(plan, image, engine, reporter)
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
     return BuiltImage(plan.tag, image, digest, plan, reused)
+
+
+def _prewarm(plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter) -> str:
+    from builder.prewarm import can_run_here, prewarm
+
+    if not can_run_here(engine, plan.manifest):
+        reporter.note(
+            f"not started here to record its start: no GPU. Run `coldstart prewarm {plan.tag}` on one."
+        )
+        return image
+    return prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
 
 
 def last_built() -> str | None:

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from builder import __version__
-from builder.errors import BuildError, ColdstartError, InputError, RegressionError, VerifyError
+from builder.errors import (
+    BuildError,
+    ColdstartError,
+    HostError,
+    InputError,
+    RegressionError,
+    VerifyError,
+)
 
 if TYPE_CHECKING:
     from benchmarks.outputs import FileBaseline, Outputs
@@ -63,7 +70,8 @@ Quantize = Annotated[str | None, typer.Option(help="Quantize the weights: awq.")
 Calibration = Annotated[
     str | None,
     typer.Option(
-        help="Text to calibrate on: .jsonl of texts or chats, or .txt; default: the model's answers."
+        help="Text to calibrate on: a .jsonl, .json, .txt or .parquet file, or "
+        "hf://datasets/ORG/NAME[@REVISION][/PATH]; default: the model's answers."
     ),
 ]
 CalibrationSamples = Annotated[int | None, typer.Option(help="Blocks of calibration text [16].")]
@@ -176,6 +184,9 @@ def build(
     locked: Annotated[
         bool, typer.Option("--locked", help="Refuse what is not as in coldstart.lock.")
     ] = False,
+    prewarm: Annotated[
+        bool, typer.Option(help="Start the image once here, and add what that start recorded.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
     """Build the image of a model."""
@@ -192,6 +203,7 @@ def build(
         push=push,
         lock_path=lockfile.beside(file),
         locked=locked,
+        prewarmed=prewarm,
     )
     if as_json:
         typer.echo(json.dumps(built.to_json()))
@@ -237,6 +249,37 @@ def render(
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
     for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image")):
         typer.echo(f"docker build {platform_flag}-t {tag} {shlex.quote(str(output / folder))}")
+
+
+@app.command()
+def prewarm(
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
+    recorded: Annotated[
+        Path | None,
+        typer.Option("--from", help="Folder that `python3 -m runtime warm` wrote, instead of a start here."),
+    ] = None,
+) -> None:
+    """Start an image once and add what that start recorded, so that the next ones are faster."""
+    from builder import build as pipeline
+    from builder import prewarm as prewarming
+    from builder.docker_engine import DockerEngine
+    from builder.verify import read_manifest
+
+    engine, reporter = DockerEngine(), _reporter()
+    manifest = read_manifest(engine, image)
+    label = f"dev.coldstart.model.digest=sha256:{manifest['model']['lock_digest']}"
+    if recorded:
+        made = prewarming.add_state(engine, image, recorded, label=label, reporter=reporter)
+    elif prewarming.can_run_here(engine, manifest):
+        made = prewarming.prewarm(
+            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
+        )
+    else:
+        raise HostError(
+            f"{image} needs a GPU, and the engine here has none",
+            fix="Run this where one is, or `python3 -m runtime warm --output DIR` there and --from DIR here.",
+        )
+    typer.echo(f"{image} {made}")
 
 
 @app.command()
@@ -487,6 +530,46 @@ def _fail_if_worse(result: BenchResult, earlier: FileBaseline | None, allowed: f
         )
 
 
+@app.command()
+def manifest(
+    kind: Annotated[str, typer.Argument(help="k8s, keda, kserve, compose or lws.", metavar="KIND")],
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
+    name: Annotated[str | None, typer.Option(help="Name of the objects; default: the image's.")] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=0, help="Servers [1]; with keda the most of them.")
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs of each pod; default: what the image is built for.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=2, help="lws: nodes of each server.")] = None,
+    host: Annotated[str | None, typer.Option(help="keda: the host that requests are sent to.")] = None,
+    api_key_secret: Annotated[
+        str | None, typer.Option(help="Secret with the key `api-key`; with compose a file.")
+    ] = None,
+    weights_claim: Annotated[
+        str | None, typer.Option(help="PersistentVolumeClaim of mounted weights; with compose a volume.")
+    ] = None,
+    hf_token_secret: Annotated[
+        str | None, typer.Option(help="Secret with the key `HF_TOKEN`, for downloaded weights.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+) -> None:
+    """Print a manifest that runs the image: Kubernetes, KEDA, KServe, Compose or LeaderWorkerSet."""
+    from builder import manifests
+    from builder.docker_engine import DockerEngine
+    from builder.verify import read_manifest
+
+    manifests.check_kind(kind)
+    request = manifests.Request(
+        image, name, replicas, gpus, nodes, host, api_key_secret, weights_claim, hf_token_secret
+    )
+    text = manifests.render(kind, request, read_manifest(DockerEngine(), image))
+    if output is None:
+        typer.echo(text, nl=False)
+    else:
+        output.write_text(text)
+
+
 @base_app.command("cpu")
 def base_cpu(
     from_image: Annotated[
@@ -512,7 +595,6 @@ def _known_base(spec: ImageSpec, reporter: ConsoleReporter) -> Any:
     """The base as an engine that answers and has it sees it, else as its name suggests."""
     from builder import build as pipeline
     from builder.docker_engine import DockerEngine
-    from builder.errors import HostError
 
     try:
         engine = DockerEngine()
@@ -547,7 +629,7 @@ def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: Console
     if spec.quantize:
         from builder.quantize import finished_result
 
-        recipe, _ = pipeline.choose_quantization(spec, snapshot)
+        recipe, _ = pipeline.choose_quantization(spec, snapshot, reporter)
         done = finished_result(snapshot, recipe, cache=pipeline.cache_folder())
         if done:
             snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)

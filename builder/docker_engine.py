@@ -70,7 +70,9 @@ class DockerEngine:
                 fix="Start it, or point DOCKER_HOST to one.",
             ) from None
         self.version = f"{version.get('Version')} ({version.get('Os')}/{version.get('Arch')})"
-        self.data_root = str(self._client.info().get("DockerRootDir", "/var/lib/docker"))
+        info = self._client.info()
+        self.data_root = str(info.get("DockerRootDir", "/var/lib/docker"))
+        self.has_gpus = "nvidia" in (info.get("Runtimes") or {})
 
     # Images
 
@@ -269,9 +271,7 @@ class DockerEngine:
                     chunks, _ = self._client.api.get_archive(container, folder)
                 except docker.errors.NotFound:
                     return
-                with tarfile.open(fileobj=cast(Any, _Reader(chunks)), mode="r|") as archive:
-                    for entry in archive:
-                        yield entry, archive.extractfile(entry) if entry.isfile() else None
+                yield from _entries(chunks)
 
             yield walk
         finally:
@@ -392,6 +392,12 @@ class Container:
         return int(bound[0]["HostPort"])
 
     @_engine_errors
+    def address(self) -> str:
+        """Its own address. Behind a published port a proxy may accept connections in its place."""
+        networks = self._api.inspect_container(self.id)["NetworkSettings"]["Networks"]
+        return next(str(network["IPAddress"]) for network in networks.values())
+
+    @_engine_errors
     def running(self) -> bool:
         return bool(self._state()["Running"])
 
@@ -415,6 +421,15 @@ class Container:
         job = self._api.exec_create(self.id, list(command))["Id"]
         output = self._api.exec_start(job).decode(errors="replace")
         return int(self._api.exec_inspect(job)["ExitCode"]), output
+
+    @_engine_errors
+    def files(self, folder: str) -> dict[str, bytes]:
+        """The content of every file right below an absolute folder; running or not. Empty without it."""
+        try:
+            chunks, _ = self._api.get_archive(self.id, folder)
+        except docker.errors.NotFound:
+            return {}
+        return {entry.name.split("/", 1)[1]: file.read() for entry, file in _entries(chunks) if file}
 
     @_engine_errors
     def signal(self, name: str) -> None:
@@ -471,6 +486,12 @@ class _Reader:
         data = b"".join(parts)
         self._rest = data[size:]
         return data[:size]
+
+
+def _entries(chunks: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Any]]:
+    with tarfile.open(fileobj=cast(Any, _Reader(chunks)), mode="r|") as archive:
+        for entry in archive:
+            yield entry, archive.extractfile(entry) if entry.isfile() else None
 
 
 def _name() -> str:

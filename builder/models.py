@@ -26,9 +26,14 @@ _UNWANTED = ("training_args*", "trainer_state*", "optimizer*", "scheduler*", "rn
 _UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf", "runs", "checkpoints"})
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_INDEX = "model.safetensors.index.json"
+_CARD = "README.md"
+_YAML_NULL = "tag:yaml.org,2002:null"
 _HASH_CHUNK = 1 << 20
+# Foreign text is read whole, so it has a bound. The index of the largest model is a tenth of the first.
+_MAX_JSON_BYTES = 64 << 20
+_MAX_CARD_BYTES = 1 << 20
 # The hub's rules: at most 96 characters a part, no "--" or "..", not ending in .git.
-_HUB_NAME = re.compile(
+HUB_NAME = re.compile(
     r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,94}[A-Za-z0-9_]|"
     r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_]",
     re.ASCII,
@@ -116,7 +121,7 @@ def parse_ref(text: str, revision: str | None = None) -> ModelRef:
     if at and revision and at != revision:
         raise ModelError(f"two revisions for {name}: {at} and {revision}", fix="Give one of them.")
     is_file = os.path.isfile(path)  # noqa: PTH113 - as above
-    if text.startswith((".", "/", "~")) or is_file or not _HUB_NAME.fullmatch(name):
+    if text.startswith((".", "/", "~")) or is_file or not HUB_NAME.fullmatch(name):
         why = "It is a file." if is_file else "No such folder."
         raise ModelError(
             f"cannot find the model {text!r}",
@@ -156,32 +161,33 @@ def resolve(ref: ModelRef, reporter: Reporter, choice: Choice = ALL) -> ModelSna
 
 def _resolve_hub(ref: ModelRef, reporter: Reporter, choice: Choice) -> ModelSnapshot:
     """Download, and fetch once more what does not have the bytes that the hub says it has."""
-    from builder.hub import download
+    from builder import hub
 
-    assert ref.repo is not None
-    for attempt in (1, 2):
-        fetched = download(ref, lambda paths: _wanted_paths(paths, choice), reporter)
-        try:
-            return _snapshot(
-                fetched.root,
-                name=ref.repo,
-                source=f"hf://{ref.repo}",
-                revision=fetched.commit,
-                reporter=reporter,
-                choice=choice,
-                expected=fetched.digests,
-            )
-        except _DamagedError as damaged:
-            if attempt == 2:
-                raise ModelError(
-                    f"{damaged.paths[0]} of {ref.repo} arrived damaged twice",
-                    why="Its digest is not the hub's.",
-                    fix="Check the disk and any proxy in between, then run again.",
-                ) from None
-            for path in damaged.paths:
-                reporter.note(f"{path} is not what the hub has; fetching it again")
-                fetched.discard(path)
-    raise AssertionError("the loop returns or raises")
+    fetched = hub.download(ref, lambda paths: _wanted_paths(paths, choice), reporter)
+
+    def snapshot() -> ModelSnapshot:
+        return _snapshot(
+            fetched.root,
+            name=str(ref.repo),
+            source=f"hf://{ref.repo}",
+            revision=fetched.commit,
+            reporter=reporter,
+            choice=choice,
+            expected=fetched.digests,
+        )
+
+    try:
+        return snapshot()
+    except _DamagedError as first:
+        if fetched.offline:
+            raise hub.damaged(fetched, first.paths[0]) from None
+        for path in first.paths:
+            reporter.note(f"{path} is not what the hub has; fetching it again")
+        hub.download_again(fetched, first.paths)
+    try:
+        return snapshot()
+    except _DamagedError as second:
+        raise hub.damaged(fetched, second.paths[0]) from None
 
 
 class _DamagedError(Exception):
@@ -217,12 +223,16 @@ def _snapshot(
     expected: Mapping[str, str] | None = None,
 ) -> ModelSnapshot:
     paths = _wanted_paths(_relative_files(root), choice)
+    for path in (*paths, "config.json", _CARD):
+        _require_inside(root, path)
     files = []
     if expected:  # first of all, or a byte that the way here flipped would pass for the model's own fault
-        files = _hash_files(root, paths, reporter)
+        card = [_CARD] if (root / _CARD).is_file() else []  # it says the licence
+        files = _hash_files(root, [*paths, *card], reporter)
         damaged = [file.path for file in files if not _as_expected(root, file, expected.get(file.path))]
         if damaged:
             raise _DamagedError(damaged)
+        files = files[: len(paths)]
     config = _read_config(root)
     _require_safetensors(root, paths)
     shapes = _check_shards(root, paths)
@@ -231,13 +241,14 @@ def _snapshot(
     if config.get("auto_map") and not choice.remote_code:
         reporter.note("config.json names code of the repository; without --trust-remote-code it stays out")
     dtype = config.get("dtype") or config.get("torch_dtype")
+    architectures = config.get("architectures")
     lock = ModelLock(
         name=name,
         source=source,
         revision=revision,
         license=_licence(root),
-        architectures=tuple(str(a) for a in config.get("architectures") or ()),
-        dtype=str(dtype) if dtype else None,
+        architectures=tuple(map(_plain, architectures)) if isinstance(architectures, list) else (),
+        dtype=_plain(dtype) if dtype else None,
         parameters=None if quantization else sum(math.prod(shape) for shape in shapes.values()),
         quantization=quantization,
         remote_code=choice.remote_code,
@@ -274,19 +285,41 @@ def _as_expected(root: Path, file: LockedFile, digest: str | None) -> bool:
 
 def _read_config(root: Path) -> dict[str, Any]:
     path = root / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.is_file():
         raise ModelError(
             f"{root} is not a model folder",
             why="It has no config.json.",
             fix="Point to the folder that `save_pretrained` or `hf download` wrote.",
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}", why=f"{error}.", fix="Get the file again.") from None
+        )
+    config = _read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", fix="Get the file again.")
     return config
+
+
+def _read_json(path: Path) -> Any:
+    """Raises ModelError, also for what is too large or too deep to be meant seriously."""
+    try:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"larger than {_MAX_JSON_BYTES >> 20} MiB")
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"cannot read {path}", why=f"{error}.", fix="Get the file again.") from None
+
+
+def _require_inside(root: Path, path: str) -> None:
+    """A link may not lead out of the model folder; only the hub's cache has its files beside it."""
+    real, root = Path(os.path.realpath(root / path)), root.resolve()  # resolve() raises for a loop of links
+    inside, repository = [root], root.parents[min(1, len(root.parents) - 1)]
+    if root.parent.name == "snapshots" and repository.name.startswith("models--"):
+        # models--org--name/blobs, which may link to the cache's store of blobs that repositories share.
+        inside += [repository / "blobs", repository.parent / "blobs"]
+    if not any(real.is_relative_to(folder) for folder in inside):
+        raise ModelError(
+            f"{path!r} of the model is a link to {real}, outside its folder",
+            why="A foreign model could bring files of this machine into the image.",
+            fix="Put the file itself in its place.",
+        )
 
 
 def _relative_files(root: Path) -> Iterator[str]:
@@ -344,19 +377,23 @@ def _check_shards(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, ...]
     shapes = {name: shape for shard in tensors.values() for name, shape in shard.items()}
     if SHARD_INDEX not in paths:
         return shapes
-    try:
-        weight_map: Mapping[str, str] = json.loads((root / SHARD_INDEX).read_bytes())["weight_map"]
-        wanted = {name: str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{SHARD_INDEX} is damaged", why=f"{error!r}.", fix="Get it again.") from None
+    index = _read_json(root / SHARD_INDEX)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ModelError(f"{SHARD_INDEX} is damaged", why="It has no weight_map.", fix="Get it again.")
+    wanted = {name: str(shard) for name, shard in weight_map.items()}
     for name, shard in sorted(wanted.items()):
         if shard not in tensors:
             raise ModelError(
-                f"the shard {shard} is missing", why=f"{SHARD_INDEX} names it.", fix="Get the whole model."
+                f"the shard {ascii(shard[:200])[1:-1]} is missing",
+                why=f"{SHARD_INDEX} names it.",
+                fix="Get the whole model.",
             )
         if name not in tensors[shard]:
             raise ModelError(
-                f"{shard} has no tensor {name!r}", why=f"{SHARD_INDEX} says so.", fix="Get the shard again."
+                f"{shard} has no tensor {name[:200]!r}",
+                why=f"{SHARD_INDEX} says so.",
+                fix="Get the shard again.",
             )
     return shapes
 
@@ -382,29 +419,43 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
     groups = quantization.get("config_groups")
     if isinstance(groups, Mapping) and groups:
         first = next(iter(groups.values()))
-        weights = (first.get("weights") if isinstance(first, Mapping) else None) or {}
-        words.append(f"{weights.get('type', '')}{weights.get('num_bits', '')}")
-        if weights.get("group_size"):
-            words.append(f"g{weights['group_size']}")
+        weights = first.get("weights") if isinstance(first, Mapping) else None
+        if isinstance(weights, Mapping):
+            words.append(f"{weights.get('type', '')}{weights.get('num_bits', '')}")
+            if weights.get("group_size"):
+                words.append(f"g{weights['group_size']}")
     elif quantization.get("bits"):
         words.append(f"int{quantization['bits']} g{quantization.get('group_size')}")
-    return " ".join(words)
+    return _plain(" ".join(words))
 
 
 def _licence(root: Path) -> str | None:
-    """The `license:` of the model card, where there is one."""
-    card = root / "README.md"
+    """The `license:` of the model card, where there is one: a word, or several."""
+    card = root / _CARD
     if not card.is_file():
         return None
-    parts = card.read_text(errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return None
+    with card.open(encoding="utf-8", errors="replace") as file:
+        front = re.match(
+            r"---[ \t]*\n(.*?\n)---[ \t]*$", file.read(_MAX_CARD_BYTES), re.DOTALL | re.MULTILINE
+        )
     try:
-        front = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        # Composed, not constructed: an alias stays a reference, so that no bomb is expanded.
+        mapping = yaml.compose(front[1], Loader=yaml.SafeLoader) if front else None
+    except (yaml.YAMLError, RecursionError, ValueError):
         return None
-    found = front.get("license") if isinstance(front, dict) else None
-    return str(found) if found else None
+    if not isinstance(mapping, yaml.MappingNode):
+        return None
+    for key, value in mapping.value:
+        if isinstance(key, yaml.ScalarNode) and key.value == "license":
+            nodes = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            words = [n.value for n in nodes if isinstance(n, yaml.ScalarNode) and n.tag != _YAML_NULL]
+            return _plain(", ".join(words)) or None
+    return None
+
+
+def _plain(value: object) -> str:
+    """Text that a lock brings back the same: JSON and YAML can write halves of a character."""
+    return str(value).encode("utf-8", "replace").decode()
 
 
 def _chunks(path: Path) -> Iterator[bytes]:

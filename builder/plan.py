@@ -22,6 +22,7 @@ PORT = 8000
 # Docker allows 127 layers; a GPU base has about 30, and the final image adds a handful.
 MAX_WEIGHT_LAYERS = 64
 _LABEL = "dev.coldstart"
+_MAX_LABEL = 1024  # characters; Docker refuses a Dockerfile with a line of 64 KiB
 
 # Defaults of a device, before the user's own arguments. CPU images start eager: compiled bf16 answers
 # wrong on some CPUs, and no golden check guards it yet. Their KV cache is 2 GiB: vLLM would otherwise take
@@ -174,13 +175,11 @@ def _folder_name(name: str) -> str:
 
 
 def _labels(lock: ModelLock, base: BaseImage) -> dict[str, str]:
-    # A label is one line; what a model card says need not be.
-    licence = " ".join((lock.license or "unknown").split())
     labels = {
         "org.opencontainers.image.title": lock.name,
         "org.opencontainers.image.source": lock.source,
         "org.opencontainers.image.revision": lock.revision or f"sha256:{lock.digest}",
-        "org.opencontainers.image.licenses": licence,
+        "org.opencontainers.image.licenses": lock.license or "unknown",
         "org.opencontainers.image.base.name": base.reference,
         f"{_LABEL}.version": __version__,
         f"{_LABEL}.device": base.device,
@@ -191,7 +190,13 @@ def _labels(lock: ModelLock, base: BaseImage) -> dict[str, str]:
     }
     if base.id:
         labels["org.opencontainers.image.base.digest"] = base.id
-    return labels
+    return {name: _one_line(value) for name, value in labels.items()}
+
+
+def _one_line(text: str) -> str:
+    """A label is a short printable line; what a foreign card, config or folder name says need not be."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(printable.split())[:_MAX_LABEL]
 
 
 def _plan_weights(lock: ModelLock, base: BaseImage, model_path: str, max_bytes: int) -> WeightsPlan:

@@ -288,6 +288,7 @@ def _run_job(
         "output": str(result),
         "recipe": asdict(recipe),
         "calibration": calibration.documents if calibration else None,
+        "calibration_parquet": str(calibration.parquet) if calibration and calibration.parquet else None,
     }
     job.write_text(json.dumps(fields), encoding="utf-8")
     with reporter.task(f"Quantizing {snapshot.lock.name} with AWQ", 100, "percent") as task:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,14 @@ def render_image(plan: BuildPlan) -> Rendered:
     files += [ContextFile(f"coldstart/runtime/{path.name}", path) for path in _runtime_files()]
     text = _template("image.Dockerfile.j2").render(plan=plan, coldstart_dir=COLDSTART_DIR)
     return Rendered(text, tuple(files))
+
+
+def render_prewarm(
+    image: str, labels: Sequence[tuple[str, str]], folder: Path, names: Sequence[str]
+) -> Rendered:
+    """The recorded state on top of a server image. folder: where its files, `names`, are."""
+    text = _template("prewarm.Dockerfile.j2").render(image=image, labels=labels, coldstart_dir=COLDSTART_DIR)
+    return Rendered(text, tuple(ContextFile(f"state/{name}", folder / name) for name in names))
 
 
 def render_base_cpu(**variables: object) -> str:

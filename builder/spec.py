@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not a mapping of settings", fix="Start with `model: …`.")
     if isinstance(data.get("model"), str) and (path.parent / data["model"]).is_dir():
         data["model"] = str(path.parent / data["model"])  # a folder is named relative to the file
-    if isinstance(data.get("calibration"), str):
+    if isinstance(data.get("calibration"), str) and not data["calibration"].startswith("hf://"):
         data["calibration"] = str(path.parent / data["calibration"])
     return data
 

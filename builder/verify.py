@@ -54,6 +54,32 @@ def verify(engine: DockerEngine, reference: str) -> list[Check]:
     return checks
 
 
+def read_manifest(engine: DockerEngine, reference: str) -> dict[str, Any]:
+    """The image's manifest. Raises InputError without the image, VerifyError when it is not ours."""
+    engine.require_image(reference)
+    with engine.open_files(reference) as walk:
+        for _, file in walk(f"{COLDSTART_DIR}/manifest.json"):
+            if file is not None:
+                return _parse_manifest(reference, file.read())
+    raise _not_ours(reference)
+
+
+def _parse_manifest(reference: str, content: bytes) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads(content)
+    except ValueError:
+        raise VerifyError(f"the manifest of {reference} is not JSON", fix="Build it again.") from None
+    return manifest
+
+
+def _not_ours(reference: str) -> VerifyError:
+    return VerifyError(
+        f"{reference} was not made by coldstart",
+        why=f"It has no {COLDSTART_DIR}/manifest.json.",
+        fix="Give an image that `coldstart build` made.",
+    )
+
+
 def _read_own_files(engine: DockerEngine, reference: str) -> tuple[dict[str, Any], int, list[str]]:
     manifest: dict[str, Any] | None = None
     mode, tokens = 0, []
@@ -66,18 +92,9 @@ def _read_own_files(engine: DockerEngine, reference: str) -> tuple[dict[str, Any
                 tokens.append(f"/opt/{entry.name}")
             if entry.name.endswith("/manifest.json"):
                 mode = entry.mode & 0o777
-                try:
-                    manifest = json.loads(content)
-                except ValueError:
-                    raise VerifyError(
-                        f"the manifest of {reference} is not JSON", fix="Build it again."
-                    ) from None
+                manifest = _parse_manifest(reference, content)
     if manifest is None:
-        raise VerifyError(
-            f"{reference} was not made by coldstart",
-            why=f"It has no {COLDSTART_DIR}/manifest.json.",
-            fix="Give an image that `coldstart build` made.",
-        )
+        raise _not_ours(reference)
     return manifest, mode, tokens
 
 

@@ -38,8 +38,12 @@ def main(argv: list[str]) -> int:
         output = settings_module.take_output(rest) if command == "warm" else None
         parse_started = time.time()
         settings = settings_module.load(rest, os.environ, manifest)
+        api_key = settings_module.read_api_key(os.environ)
     except settings_module.SettingsError as error:
         return _stop(str(error), EXIT_SETTINGS)
+
+    if api_key:
+        os.environ["VLLM_API_KEY"] = api_key  # where vLLM looks for it; an argument would be in its log
 
     from runtime.preflight import PreflightError, check
 
@@ -60,4 +64,6 @@ def main(argv: list[str]) -> int:
 
 # Processes forked from the template import this file again under another name.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # multiprocessing's own clean-up would print a traceback after the last line

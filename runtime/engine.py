@@ -7,21 +7,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import math
+import os
 import signal
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from contextlib import AsyncExitStack
+from http import HTTPStatus
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from runtime import trace
-from runtime.lifecycle import Lifecycle, State
+from runtime.lifecycle import Lifecycle, Reply, State
+from runtime.listener import Acceptor
 from runtime.phases import Phase, PhaseEvent, now
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
 
 _WATCH_SECONDS = 0.5
+_POLL_SECONDS = 0.05
+# How long an accepted connection may take to send its first request, once the port is closed.
+_FIRST_REQUEST_SECONDS = 1.0
+# What clients may take to read the error that ends their request.
+_ERROR_SECONDS = 1.0
+# What the engine core and its workers may take to release memory before they are killed.
+_SHUTDOWN_SECONDS = 5.0
+_CORE_DIED = "the engine core or a worker of it died"
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -40,6 +54,9 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
         asyncio.run(_serve(settings, listener, channel, Lifecycle(started=started)))
     except EngineFailedError as error:
         channel.send(("failed", str(error)))
+    except Exception as error:
+        channel.send(("failed", f"{type(error).__name__}: {error}"))
+        raise
 
 
 async def _serve(
@@ -69,14 +86,14 @@ async def _serve(
         enable_log_requests=engine_args.enable_log_requests,
         disable_log_stats=engine_args.disable_log_stats,
     )
-    clean = True
     async with AsyncExitStack() as stack:
-        stack.callback(engine.shutdown, timeout=0)
+        stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
         with trace.span(Phase.READY):
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
-            server = _server(args, _Front(app, lifecycle), channel)
+            requests = _Requests(app, lifecycle)
+            server = _server(args, requests, channel)
             app.state.server = server
             # Before the hand-over, so that the port is never without somebody who accepts for long.
             await stack.enter_async_context(app.router.lifespan_context(app))
@@ -88,11 +105,11 @@ async def _serve(
         commands = asyncio.create_task(_obey(channel, lifecycle, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
-        if commands.done():
-            clean = commands.result()
         commands.cancel()
-    if lifecycle.state is State.DRAINING:
-        channel.send(("stopped", clean and not server.cut_requests))
+        died = engine.errored
+    if died:
+        raise EngineFailedError(_CORE_DIED)
+    channel.send(("stopped", not requests.cut))
 
 
 def _parse(argv: list[str]) -> Any:
@@ -101,36 +118,70 @@ def _parse(argv: list[str]) -> Any:
 
     # No abbreviations: `--api-k` must not get past who looks for `--api-key`.
     parser = FlexibleArgumentParser(prog="vllm", allow_abbrev=False)
-    args = make_arg_parser(parser).parse_args(argv)
     try:
+        args = make_arg_parser(parser).parse_args(argv)
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise EngineFailedError(f"vLLM does not accept these arguments: {error}") from None
+    except SystemExit:  # argparse has printed what is wrong
+        raise EngineFailedError(f"vLLM does not accept these arguments: {' '.join(argv)}") from None
     return args
 
 
-def _server(args: Any, app: AsgiApp, channel: Connection) -> Any:
+def _server(args: Any, requests: _Requests, channel: Connection) -> Any:
     import uvicorn
     import vllm.envs as envs
 
     class Server(uvicorn.Server):  # type: ignore[misc]
-        """Leaves signals to PID 1 and tells it when the port stops being served from here."""
+        """uvicorn with a shutdown that loses nothing; leaves signals to PID 1."""
 
-        cut_requests = False
+        deadline = math.inf
+
+        def stop(self, seconds: float) -> None:
+            """Accept nothing more; requests that run have `seconds` to finish. May be called again."""
+            self.deadline = min(self.deadline, time.monotonic() + seconds)
+            self.should_exit = True
 
         @contextlib.contextmanager
         def capture_signals(self) -> Iterator[None]:
             yield
 
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await self.lifespan.startup()
+            assert sockets is not None
+            self.servers: list[Any] = []
+            self.acceptor = Acceptor(sockets[0], self._connected)
+            self.started = True
+
+        async def _connected(self, connection: socket.socket) -> None:
+            loop = asyncio.get_running_loop()
+            await loop.connect_accepted_socket(self._protocol, connection)
+
+        def _protocol(self) -> Any:
+            return self.config.http_protocol_class(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:  # noqa: ARG002
+            self.acceptor.close()
             channel.send(("closing",))
-            limit = self.config.timeout_graceful_shutdown
-            begun = now()
-            await super().shutdown(sockets)
-            self.cut_requests = self.force_exit or (limit is not None and now() - begun >= limit)
+            connections = self.server_state.connections
+            # uvicorn closes a connection that has sent nothing yet; its request may be on the way.
+            await _until(
+                lambda: (
+                    not self.acceptor.tasks and all(getattr(c, "cycle", c) is not None for c in connections)
+                ),
+                time.monotonic() + _FIRST_REQUEST_SECONDS,
+            )
+            for connection in list(connections):
+                connection.shutdown()  # at once, or after the response that it is sending
+            await _until(lambda: not connections or time.monotonic() > self.deadline, math.inf)
+            if connections:
+                requests.end("The server stops before this request is finished.")
+                await _until(lambda: not connections, time.monotonic() + _ERROR_SECONDS)
 
     config = uvicorn.Config(
-        app,
+        requests,
         log_level=args.uvicorn_log_level,
         access_log=not args.disable_uvicorn_access_log,
         timeout_keep_alive=envs.VLLM_HTTP_TIMEOUT_KEEP_ALIVE,
@@ -143,34 +194,78 @@ def _server(args: Any, app: AsgiApp, channel: Connection) -> Any:
     return Server(config)
 
 
-class _Front:
-    """Answers what the life cycle decides; everything else is vLLM's."""
+async def _until(condition: Callable[[], bool], deadline: float) -> None:
+    while not condition() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+class _Requests:
+    """Answers what the life cycle decides; everything else is vLLM's. Can end what runs with an error."""
 
     def __init__(self, app: AsgiApp, lifecycle: Lifecycle) -> None:
         self._app, self._lifecycle = app, lifecycle
+        self._running: set[asyncio.Task[Any]] = set()
+        self._ended = ""
+        self.cut = False
+
+    def end(self, reason: str) -> None:
+        """Cancel every request; each gets `reason` as an error where its response still can say so."""
+        self._ended = reason
+        for task in self._running:
+            self.cut = True
+            task.cancel()
 
     async def __call__(self, scope: Scope, receive: Any, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        reply = self._lifecycle.answer(scope["path"])
-        if self._lifecycle.state is State.DRAINING:
-            send = _closing(send)
-        if reply is None:
-            return await self._app(scope, receive, send)
-        headers = [(name.encode(), value.encode()) for name, value in reply.headers]
-        await send({"type": "http.response.start", "status": int(reply.status), "headers": headers})
-        return await send({"type": "http.response.body", "body": reply.content})
+        response = _Response(send, self._lifecycle)
+        reply = self._lifecycle.not_serving() if self._ended else self._lifecycle.answer(scope["path"])
+        if reply is not None:
+            return await response.send_reply(reply)
+        task = asyncio.current_task()
+        assert task is not None
+        self._running.add(task)
+        try:
+            await self._app(scope, receive, response)
+        except asyncio.CancelledError:
+            if not self._ended:
+                raise
+            await response.end(self._ended)
+        finally:
+            self._running.discard(task)
 
 
-def _closing(send: Send) -> Send:
-    """While draining, every answer asks its client to open a new connection, elsewhere."""
+class _Response:
+    """ASGI's `send` of one request. While draining, it asks clients to open a new connection, elsewhere."""
 
-    async def wrapped(message: MutableMapping[str, Any]) -> None:
+    def __init__(self, send: Send, lifecycle: Lifecycle) -> None:
+        self._send, self._lifecycle = send, lifecycle
+        self._stream = self._started = self._complete = False
+
+    async def __call__(self, message: MutableMapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", []), (b"connection", b"close")]
-        await send(message)
+            headers = list(message.get("headers", []))
+            self._started = True
+            self._stream = dict(headers).get(b"content-type", b"").startswith(b"text/event-stream")
+            if self._lifecycle.state is State.DRAINING:
+                message["headers"] = [*headers, (b"connection", b"close")]
+        elif message["type"] == "http.response.body":
+            self._complete = not message.get("more_body", False)
+        await self._send(message)
 
-    return wrapped
+    async def send_reply(self, reply: Reply) -> None:
+        headers = [(name.encode(), value.encode()) for name, value in reply.headers]
+        await self({"type": "http.response.start", "status": int(reply.status), "headers": headers})
+        await self({"type": "http.response.body", "body": reply.content})
+
+    async def end(self, reason: str) -> None:
+        """Say `reason` where HTTP still can: a whole 503, or an event in a stream, like vLLM's own errors."""
+        error = {"message": reason, "type": "service_unavailable", "param": None, "code": 503}
+        if not self._started:
+            await self.send_reply(Reply(HTTPStatus.SERVICE_UNAVAILABLE, {"error": error}))
+        elif self._stream and not self._complete:
+            event = f"data: {json.dumps({'error': error})}\n\ndata: [DONE]\n\n"
+            await self({"type": "http.response.body", "body": event.encode()})
 
 
 async def _receive(channel: Connection) -> tuple[Any, ...]:
@@ -191,28 +286,29 @@ async def _receive(channel: Connection) -> tuple[Any, ...]:
     return message
 
 
-async def _obey(channel: Connection, lifecycle: Lifecycle, server: Any) -> bool:
-    """Wait for PID 1's order to drain, and do so. False when PID 1 is gone."""
-    try:
-        _, delay, timeout = await _receive(channel)
-    except EOFError:
-        server.should_exit = server.force_exit = True
-        return False
-    lifecycle.move(State.DRAINING, "shutting down")
-    await asyncio.sleep(delay)
-    server.config.timeout_graceful_shutdown = timeout
-    server.should_exit = True
-    return True
+async def _obey(channel: Connection, lifecycle: Lifecycle, server: Any) -> None:
+    """Do what PID 1 orders: ("drain", delay, timeout), then perhaps ("abort",)."""
+    loop = asyncio.get_running_loop()
+    while True:
+        try:
+            kind, *details = await _receive(channel)
+        except EOFError:  # PID 1 is gone, and with it whoever could use the answers
+            os.kill(os.getpid(), signal.SIGKILL)
+        if kind == "drain":
+            delay, timeout = details
+            lifecycle.move(State.DRAINING, "shutting down")
+            loop.call_later(delay, server.stop, timeout)
+        else:
+            server.stop(0.0)
 
 
 async def _watch(engine: Any, lifecycle: Lifecycle, server: Any, channel: Connection) -> None:
+    """When the engine core dies, say so; vLLM itself ends the requests that wait for it."""
     while not engine.errored:
         await asyncio.sleep(_WATCH_SECONDS)
-    reason = f"the engine core died: {engine.dead_error}"
-    if lifecycle.state is not State.FAILED:
-        lifecycle.move(State.FAILED, reason)
-    channel.send(("failed", reason))
-    server.should_exit = server.force_exit = True
+    lifecycle.move(State.FAILED, _CORE_DIED)
+    channel.send(("failed", _CORE_DIED))
+    server.stop(_ERROR_SECONDS)
 
 
 def _export_metrics(events: list[PhaseEvent]) -> None:

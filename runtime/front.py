@@ -3,74 +3,84 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from http import HTTPStatus
 
 import h11
 
 from runtime.lifecycle import Lifecycle, Reply
+from runtime.listener import Acceptor, refuse_new
 
 _READ_BYTES = 65536
 _REQUEST_SECONDS = 10.0
-_CLOSE_SECONDS = 0.5
+# How long a client that got its answer may take to close.
+_LINGER_SECONDS = 1.0
+# Handshakes that began before `retire` end within a round trip.
+_SETTLE_SECONDS = 0.1
 
 
 class Front:
-    """Accepts on a duplicate of the listening socket, so that closing it leaves the queue untouched.
+    """Answers on the listening socket whenever the engine does not.
 
     One request per connection (`Connection: close`): at the hand-over no idle connection of a client
     is left with PID 1, so none has to be cut.
     """
 
-    def __init__(self, listener: socket.socket, lifecycle: Lifecycle, backlog: int) -> None:
+    def __init__(self, listener: socket.socket, lifecycle: Lifecycle) -> None:
         self._listener = listener
-        self._backlog = backlog
         self._lifecycle = lifecycle
-        self._server: asyncio.Server | None = None
+        self._acceptor: Acceptor | None = None
         self._busy: set[asyncio.Task[None]] = set()
 
-    async def open(self) -> None:
-        if self._server is None:
-            self._server = await asyncio.start_server(
-                self._client, sock=self._listener.dup(), backlog=self._backlog
-            )
+    def open(self) -> None:
+        if self._acceptor is None:
+            self._acceptor = Acceptor(self._listener, self._client)
 
-    async def close(self) -> None:
-        """Stop accepting and finish the requests that were already accepted."""
-        if self._server is None:
-            return
-        self._server.close()
-        self._server = None
+    def close(self) -> None:
+        """Stop accepting. Requests of connections that were accepted are still answered."""
+        if self._acceptor is not None:
+            self._acceptor.close()
+            self._acceptor = None
+
+    async def retire(self) -> None:
+        """Answer what the kernel has accepted and let nothing new begin. Then the socket may be closed."""
+        refuse_new(self._listener)
+        self.open()
+        await asyncio.sleep(_SETTLE_SECONDS)
+        self.close()
         if self._busy:
-            _, slow = await asyncio.wait(self._busy, timeout=_CLOSE_SECONDS)
-            for task in slow:  # whoever has not sent a whole request by now must not hold up the others
-                task.cancel()
+            await asyncio.wait(self._busy, timeout=_LINGER_SECONDS)
 
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _client(self, connection: socket.socket) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._busy.add(task)
+        loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(_REQUEST_SECONDS):
-                writer.write(await self._exchange(reader))
-                await writer.drain()
+                await loop.sock_sendall(connection, await self._exchange(connection))
+            connection.shutdown(socket.SHUT_WR)
+            async with asyncio.timeout(
+                _LINGER_SECONDS
+            ):  # a close before the client's resets what it has not read
+                while await loop.sock_recv(connection, _READ_BYTES):
+                    pass
         except (OSError, TimeoutError):
             pass  # the client went away or never finished its request
         finally:
             self._busy.discard(task)
-            with contextlib.suppress(OSError):
-                writer.close()
+            connection.close()
 
-    async def _exchange(self, reader: asyncio.StreamReader) -> bytes:
+    async def _exchange(self, client: socket.socket) -> bytes:
         """Read one whole request, body included (an unread body would reset the answer)."""
+        loop = asyncio.get_running_loop()
         connection = h11.Connection(h11.SERVER)
         request: h11.Request | None = None
         try:
             while True:
                 event = connection.next_event()
                 if event is h11.NEED_DATA:
-                    connection.receive_data(await reader.read(_READ_BYTES))
+                    connection.receive_data(await loop.sock_recv(client, _READ_BYTES))
                 elif isinstance(event, h11.Request):
                     request = event
                 elif isinstance(event, h11.EndOfMessage):
@@ -83,7 +93,7 @@ class Front:
         path = request.target.decode("ascii", "replace").split("?", 1)[0]
         reply = self._lifecycle.answer(path)
         if reply is None:  # the engine has the port by now; this connection came a moment too early
-            reply = Reply(HTTPStatus.SERVICE_UNAVAILABLE, {"error": {"message": "try again"}})
+            reply = self._lifecycle.not_serving()
         return _encode(connection, reply, head=request.method == b"HEAD")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from typing import Any
 
@@ -52,6 +52,19 @@ class Reply:
         return json.dumps(self.body).encode()
 
 
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A phase under way in process `pid`. start: epoch seconds; detail: how far it is, for people."""
+
+    phase: Phase
+    pid: int
+    start: float
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 @dataclass
 class Lifecycle:
     """State, finished phases and the phases under way.
@@ -63,7 +76,7 @@ class Lifecycle:
     state: State = State.STARTING
     reason: str = ""
     events: list[PhaseEvent] = field(default_factory=list)
-    running: dict[tuple[Phase, int], float] = field(default_factory=dict)
+    running: dict[tuple[Phase, int], Running] = field(default_factory=dict)
     ready_at: float | None = None
 
     def move(self, state: State, reason: str = "") -> None:
@@ -74,32 +87,33 @@ class Lifecycle:
         if state is State.READY:
             self.ready_at = now()
 
-    def begin(self, phase: Phase, pid: int, start: float) -> None:
-        self.running[phase, pid] = start
+    def begin(self, phase: Phase, pid: int, start: float, detail: str = "") -> None:
+        """A second call with the same start tells how far the phase is."""
+        self.running[phase, pid] = Running(phase, pid, start, detail)
 
     def finish(self, event: PhaseEvent) -> None:
         self.running.pop((event.phase, event.pid), None)
         self.events.append(event)
 
     @property
-    def current_phase(self) -> Phase | None:
+    def current(self) -> Running | None:
         """The phase that began last and has not ended."""
-        if not self.running:
-            return None
-        return max(self.running, key=lambda key: self.running[key])[0]
+        return max(self.running.values(), key=lambda running: running.start, default=None)
 
     def snapshot(self) -> dict[str, Any]:
-        """The body of `/startup`: seconds, and PhaseEvent.to_json() for every finished phase."""
+        """The body of `/startup`: seconds, finished phases as PhaseEvent.to_json(), and those under way."""
         end = self.ready_at if self.ready_at is not None else now()
-        phase = self.current_phase
+        current = self.current
         return {
             "schema": SCHEMA_VERSION,
             "status": self.state.value,
             "reason": self.reason,
-            "phase": phase.value if phase else None,
+            "phase": current.phase.value if current else None,
+            "detail": current.detail if current else "",
             "elapsed": round(end - self.started, 6),
             "started": self.started,
             "phases": [event.to_json() for event in self.events],
+            "running": [running.to_json() for running in self.running.values()],
         }
 
     def answer(self, path: str) -> Reply | None:
@@ -113,18 +127,19 @@ class Lifecycle:
             return Reply(_ok(self.state in (State.READY, State.DRAINING)), self.snapshot())
         if self.state is State.READY or (self.state is State.DRAINING and path != "/v1/models"):
             return None
-        return self._not_serving()
+        return self.not_serving()
 
-    def _not_serving(self) -> Reply:
-        phase = self.current_phase
-        where = f" ({phase.value})" if phase else ""
+    def not_serving(self) -> Reply:
+        current = self.current
+        phase = current.phase.value if current else None
+        where = f" ({phase})" if phase else ""
         message = f"The server is {self.state.value}{where}. {self.reason}".strip()
         error = {
             "message": message,
             "type": "service_unavailable",
             "param": None,
             "code": self.state.value,
-            "phase": phase.value if phase else None,
+            "phase": phase,
         }
         return Reply(HTTPStatus.SERVICE_UNAVAILABLE, {"error": error})
 

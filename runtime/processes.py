@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
-from typing import ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 _T = TypeVar("_T")
+
+_PR_SET_CHILD_SUBREAPER = 36
+_POLL_SECONDS = 0.01
+# Of control groups version 2 and 1.
+_OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 
 
 class TemplateProcess(ForkServerProcess):
@@ -108,10 +116,68 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def kill_descendants(pid: int) -> None:
-    for child in descendants(pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+def adopt_orphans() -> None:
+    """Every orphan below becomes our child, as it is for PID 1, so that none gets away."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def end_descendants(pid: int, seconds: float) -> None:
+    """Kill every process below `pid` and wait until none is left, `seconds` at most."""
+    deadline = time.monotonic() + seconds
+    # multiprocessing's resource tracker removes the semaphores and shared memory of the others when it sees,
+    # by their end of a pipe, that they are gone; ours is the last.
+    tracker: Any = resource_tracker._resource_tracker
+    _kill_below(pid, tracker._pid, deadline)
+    if tracker._fd is not None:
+        os.close(tracker._fd)
+        tracker._fd = None
+    while tracker._pid in descendants(pid) and time.monotonic() < deadline:
+        reap()
+        time.sleep(_POLL_SECONDS)
+    _kill_below(pid, None, deadline + seconds)
+
+
+def _kill_below(pid: int, spared: int | None, deadline: float) -> None:
+    # Again and again: one may have forked in the meantime.
+    while (left := [child for child in descendants(pid) if child != spared]) and time.monotonic() < deadline:
+        for child in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        reap()
+        time.sleep(_POLL_SECONDS)
+
+
+def shared_memory(pid: int) -> set[Path]:
+    """The files in /dev/shm that processes below `pid` have mapped and that are ours.
+
+    Whoever is killed cannot remove its segments, and with `--ipc=host` they outlive the container.
+    """
+    found = set()
+    for process in descendants(pid):
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process}/maps").read_text().splitlines():
+                path = line.partition(" /dev/shm/")[2]
+                if path and not path.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm") / path)  # noqa: S108
+    return {path for path in found if _is_ours(path)}
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.geteuid()
+    except OSError:
+        return False
+
+
+def oom_kills() -> int:
+    """How many processes of this container the kernel has killed for want of memory, as far as it tells."""
+    for path in _OOM_COUNTERS:
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(path).read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0
 
 
 def reap() -> None:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
+
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
 
 
@@ -55,6 +57,7 @@ class Settings:
     served_model_name: str
     drain_delay: float
     drain_timeout: float
+    phase_timeout: float
     engine_args: tuple[str, ...]
 
     def vllm_args(self) -> list[str]:
@@ -105,6 +108,12 @@ def _parser(defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
         default=defaults["drain_timeout"],
         help="seconds that requests in flight get to finish after the delay [COLDSTART_DRAIN_TIMEOUT]",
     )
+    parser.add_argument(
+        "--phase-timeout",
+        type=float,
+        default=defaults["phase_timeout"],
+        help="seconds that a start-up may make no progress before it is given up [COLDSTART_PHASE_TIMEOUT]",
+    )
     return parser
 
 
@@ -128,8 +137,9 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         "host": environ.get("COLDSTART_HOST", "0.0.0.0"),  # noqa: S104 - a container serves its network
         "port": int(number("COLDSTART_PORT", 8000)),
         "served_model_name": environ.get("COLDSTART_SERVED_MODEL_NAME", manifest.served_model_name),
-        "drain_delay": number("COLDSTART_DRAIN_DELAY", 5.0),
-        "drain_timeout": number("COLDSTART_DRAIN_TIMEOUT", 30.0),
+        "drain_delay": number("COLDSTART_DRAIN_DELAY", DRAIN_DELAY_SECONDS),
+        "drain_timeout": number("COLDSTART_DRAIN_TIMEOUT", DRAIN_TIMEOUT_SECONDS),
+        "phase_timeout": number("COLDSTART_PHASE_TIMEOUT", 600.0),
     }
     known, rest = _parser(defaults).parse_known_args(list(argv))
     for argument in rest:
@@ -141,6 +151,8 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
     for name in ("drain_delay", "drain_timeout"):
         if not 0 <= getattr(known, name) < math.inf:
             raise SettingsError(f"--{name.replace('_', '-')} must be a number of seconds, not negative")
+    if not 0 < known.phase_timeout < math.inf:
+        raise SettingsError("--phase-timeout must be a number of seconds, more than 0")
     return Settings(
         manifest=manifest,
         host=known.host,
@@ -148,6 +160,7 @@ def load(argv: Sequence[str], environ: Mapping[str, str], manifest: Manifest) ->
         served_model_name=known.served_model_name,
         drain_delay=known.drain_delay,
         drain_timeout=known.drain_timeout,
+        phase_timeout=known.phase_timeout,
         engine_args=tuple(rest),
     )
 
@@ -160,6 +173,23 @@ def take_output(argv: list[str]) -> Path:
     folder = Path(argv[at + 1])
     del argv[at : at + 2]
     return folder
+
+
+def read_api_key(environ: Mapping[str, str]) -> str | None:
+    """The key in COLDSTART_API_KEY_FILE, if one is named.
+
+    Raises SettingsError when there is none in it: a server that was to be closed never starts open.
+    """
+    path = environ.get("COLDSTART_API_KEY_FILE")
+    if path is None:
+        return None
+    try:
+        key = Path(path).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"COLDSTART_API_KEY_FILE={path!r} cannot be read: {error}") from None
+    if not key:
+        raise SettingsError(f"COLDSTART_API_KEY_FILE={path!r} is empty: put the key in it")
+    return key
 
 
 def read_manifest(environ: Mapping[str, str] = os.environ) -> Manifest:

@@ -32,10 +32,10 @@ def allocate_kv_cache_lazily() -> bool:
     """
     runner: Any = importlib.import_module("vllm.v1.worker.gpu_model_runner")
     utils: Any = importlib.import_module("vllm.v1.worker.utils")
-    functions = [getattr(module, "allocate_kv_cache", None) for module in (utils, runner)]
-    if functions[0] is None or functions[0] is not functions[1]:
+    allocate = vars(utils).get("allocate_kv_cache")
+    if allocate is None or vars(runner).get("allocate_kv_cache") is not allocate:
         return False
-    utils.allocate_kv_cache = runner.allocate_kv_cache = _with_lazy_zeros(functions[0])
+    utils.allocate_kv_cache = runner.allocate_kv_cache = _with_lazy_zeros(allocate)
     return True
 
 

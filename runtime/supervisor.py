@@ -11,13 +11,16 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from runtime import prefetch, processes, trace
+from runtime import faults, prefetch, processes, trace
+from runtime.defaults import TEARDOWN_SECONDS
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
+from runtime.listener import bind
 from runtime.phases import Phase, PhaseEvent, now
 from runtime.settings import Settings
 
@@ -26,12 +29,13 @@ EXIT_FAILED = 1
 EXIT_PORT = 5
 EXIT_FORCED = 6
 
-_BACKLOG = 2048
 _DATAGRAM_BYTES = 65536
 # How long a dead engine's port still answers 503, so that probes and clients learn it from us.
-_FAILURE_LINGER_SECONDS = 1.0
-# What the engine may take to release memory and exit, once no request is left.
-_TEARDOWN_SECONDS = 15.0
+_FAILURE_LINGER_SECONDS = 2.0
+# What it may take to tell its clients that their requests are cut.
+_ABORT_SECONDS = 3.0
+# What the kernel may take to end processes that were killed: they may hold much memory.
+_KILL_SECONDS = 5.0
 
 
 class Supervisor:
@@ -46,31 +50,58 @@ class Supervisor:
         self._record(Phase.CONFIG_PARSE, *parsed)
         self._exit = asyncio.Event()
         self._exit_code = EXIT_OK
+        self._reason = "stopped as asked"
+        self._first_error = ""
+        self._progress = time.monotonic()
+        self._oom_kills = processes.oom_kills()
+        self._shared_memory: set[Path] = set()
         self._signals = 0
         self._stopped = False
         self._channel: Connection | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     def run(self) -> int:
+        code = self._run()
+        # The last line: whoever reads a log from its end finds the reason first.
+        _log(f"exit {code}: {self._reason}")
+        return code
+
+    def _run(self) -> int:
+        settings = self._settings
         try:
-            listener = _bind(self._settings.host, self._settings.port)
+            listener = bind(settings.host, settings.port)
         except OSError as error:
-            where = f"{self._settings.host}:{self._settings.port}"
-            _log(f"cannot listen on {where}: {error.strerror}. Free the port or choose another with --port.")
+            where = f"{settings.host}:{settings.port}"
+            self._reason = (
+                f"cannot listen on {where}: {error.strerror}. Free the port or choose another with --port."
+            )
             return EXIT_PORT
-        folder = tempfile.mkdtemp(prefix="coldstart-")
-        try:
-            with listener:
+        processes.adopt_orphans()
+        with listener:
+            try:
+                folder = tempfile.mkdtemp(prefix="coldstart-")
+            except OSError as error:
+                self._reason = faults.with_next_step(f"cannot make a temporary folder: {error.strerror}")
+                return EXIT_FAILED
+            # Whatever the engine's processes put beside it goes with it.
+            os.environ["TMPDIR"] = tempfile.tempdir = folder
+            try:
                 return asyncio.run(self._main(listener, Path(folder)))
-        finally:
-            processes.kill_descendants(os.getpid())
-            processes.reap()
-            shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                self._end_processes()
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _end_processes(self) -> None:
+        """Nothing of ours survives us: no process, no shared memory."""
+        self._shared_memory |= processes.shared_memory(os.getpid())
+        processes.end_descendants(os.getpid(), _KILL_SECONDS)
+        for path in self._shared_memory:
+            path.unlink(missing_ok=True)
 
     async def _main(self, listener: socket.socket, folder: Path) -> int:
         loop = asyncio.get_running_loop()
-        self._front = Front(listener, self._lifecycle, _BACKLOG)
-        await self._front.open()
+        self._front = Front(listener, self._lifecycle)
+        self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
         manifest = self._settings.manifest
         prefetch.start(Path(manifest.model_path), manifest.shards)
@@ -81,12 +112,15 @@ class Supervisor:
         with _event_socket(folder) as events:
             loop.add_reader(events.fileno(), self._on_event, events)
             starter = loop.create_task(self._start_engine(listener))
+            watchdog = loop.create_task(self._watch_progress())
             await self._exit.wait()
+            watchdog.cancel()
             loop.remove_reader(events.fileno())
-        processes.kill_descendants(os.getpid())  # also ends a starter that waits for the template
+        if self._lifecycle.state is not State.FAILED:
+            self._lifecycle.move(State.STOPPED, self._reason)
+        self._end_processes()  # also ends a starter that waits for the template
         await asyncio.wait({starter}, timeout=2)
-        self._lifecycle.state = State.STOPPED
-        _log(f"exit {self._exit_code}")
+        await self._front.retire()
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:
@@ -105,7 +139,7 @@ class Supervisor:
             await asyncio.to_thread(process.start)  # returns when the template has imported vLLM
         except (OSError, EOFError) as error:
             if not self._exit.is_set():
-                await self._fail(f"the template process died while importing vLLM ({error!r}), see above")
+                await self._fail(f"the process that imports vLLM died ({error!r})")
             return
         theirs.close()
         loop = asyncio.get_running_loop()
@@ -118,9 +152,14 @@ class Supervisor:
                 message = json.loads(events.recv(_DATAGRAM_BYTES))
             except BlockingIOError:
                 return
+            self._progress = time.monotonic()
             if "begin" in message:
                 begin = message["begin"]
-                self._lifecycle.begin(Phase(begin["phase"]), begin["pid"], begin["start"])
+                self._lifecycle.begin(
+                    Phase(begin["phase"]), begin["pid"], begin["start"], begin.get("detail", "")
+                )
+            elif "error" in message:
+                self._first_error = self._first_error or message["error"]
             else:
                 self._lifecycle.finish(PhaseEvent.from_json(message["event"]))
 
@@ -133,22 +172,24 @@ class Supervisor:
             self._channel = None
             return
         if kind == "ready":
-            self._spawn(self._hand_over())
+            self._hand_over()
         elif kind == "closing":  # the engine stopped accepting; what still arrives gets a 503 from us
-            self._spawn(self._front.open())
+            self._front.open()
         elif kind == "failed":
             self._spawn(self._fail(details[0]))
         elif kind == "stopped":
             self._stopped = True
-            self._exit_code = EXIT_OK if details[0] else EXIT_FORCED
+            if not details[0]:
+                self._cut()
 
-    async def _hand_over(self) -> None:
+    def _hand_over(self) -> None:
         """Stop accepting first, then let the engine accept: between the two, the kernel queues."""
         assert self._channel is not None
         if self._lifecycle.state is not State.STARTING:
             return
-        await self._front.close()
+        self._front.close()
         self._lifecycle.move(State.READY)
+        self._shared_memory |= processes.shared_memory(os.getpid())
         self._channel.send(("accept", self._lifecycle.events))
         ready_at = self._lifecycle.ready_at or now()
         _log(f"ready after {ready_at - self._lifecycle.started:.1f} s")
@@ -160,11 +201,10 @@ class Supervisor:
             self._on_message()  # its last words may be in the pipe still
         if self._lifecycle.state is State.DRAINING:
             if not self._stopped:
-                _log(f"the engine died while draining, with code {process.exitcode}")
-                self._exit_code = EXIT_FORCED
+                self._cut(faults.ended("while draining, the engine", process.exitcode))
             self._exit.set()
         elif self._lifecycle.state in (State.STARTING, State.READY):
-            self._spawn(self._fail(f"the engine exited with code {process.exitcode}, see its output above"))
+            self._spawn(self._fail(faults.ended("the engine", process.exitcode)))
 
     def _on_signal(self) -> None:
         self._signals += 1
@@ -173,25 +213,47 @@ class Supervisor:
             self._lifecycle.move(State.DRAINING, "shutting down")
             _log(f"draining: {settings.drain_delay:g} s delay, then up to {settings.drain_timeout:g} s")
             self._channel.send(("drain", settings.drain_delay, settings.drain_timeout))
-            deadline = settings.drain_delay + settings.drain_timeout + _TEARDOWN_SECONDS
+            deadline = settings.drain_delay + settings.drain_timeout + TEARDOWN_SECONDS
             asyncio.get_running_loop().call_later(deadline, self._force)
-        elif self._lifecycle.state is State.DRAINING and self._signals > 1:
+        elif self._lifecycle.state is State.DRAINING and self._signals == 2 and self._channel is not None:
+            _log("second signal: requests in flight are cut")
+            self._channel.send(("abort",))
+            asyncio.get_running_loop().call_later(_ABORT_SECONDS, self._force)
+        elif self._lifecycle.state is State.DRAINING:
             self._force()
         else:
             self._exit.set()
 
     def _force(self) -> None:
-        _log("not waiting any longer: requests in flight are cut")
-        self._exit_code = EXIT_FORCED
+        self._cut("the engine did not stop in time")
         self._exit.set()
 
-    async def _fail(self, reason: str) -> None:
-        if self._lifecycle.state in (State.FAILED, State.STOPPED):
+    def _cut(self, reason: str = "requests in flight were cut") -> None:
+        self._exit_code = EXIT_FORCED
+        self._reason = f"{reason}. Raise --drain-timeout, and the orchestrator's grace period above it."
+
+    async def _watch_progress(self) -> None:
+        """End a start that hangs: every message of a phase counts as progress."""
+        limit = self._settings.phase_timeout
+        self._progress = time.monotonic()
+        while self._lifecycle.state is State.STARTING:
+            await asyncio.sleep(min(1.0, limit / 4))
+            if time.monotonic() - self._progress > limit and self._lifecycle.state is State.STARTING:
+                current = self._lifecycle.current
+                where = f"{current.phase.value} {current.detail}".strip() if current else "between two phases"
+                await self._fail(f"no progress for {limit:g} s in {where}")
+
+    async def _fail(self, reason: str, code: int = EXIT_FAILED) -> None:
+        if self._lifecycle.state in (State.FAILED, State.STOPPED) or self._exit.is_set():
             return
-        self._lifecycle.move(State.FAILED, reason)
-        _log(f"failed: {reason}")
-        self._exit_code = EXIT_FAILED
-        await self._front.open()
+        if self._first_error:
+            reason = self._first_error
+        if processes.oom_kills() > self._oom_kills:
+            reason = f"the kernel killed a process of this container, which is out of memory: {reason}"
+        self._exit_code = code
+        self._reason = faults.with_next_step(f"failed: {reason}")
+        self._lifecycle.move(State.FAILED, self._reason)
+        self._front.open()
         await asyncio.sleep(_FAILURE_LINGER_SECONDS)
         self._exit.set()
 
@@ -202,20 +264,6 @@ class Supervisor:
 
     def _record(self, phase: Phase, start: float, end: float) -> None:
         self._lifecycle.finish(PhaseEvent(phase, start, end, process="pid1", pid=os.getpid()))
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(_BACKLOG)
-        listener.setblocking(False)
-    except OSError:
-        listener.close()
-        raise
-    return listener
 
 
 def _event_socket(folder: Path) -> socket.socket:

@@ -11,14 +11,19 @@ import json
 import multiprocessing
 import os
 import socket
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from runtime.phases import Phase, PhaseEvent, now
 
 SOCKET_VARIABLE = "COLDSTART_EVENTS"
+_PROGRESS_SECONDS = 0.2
+_ERROR_CHARACTERS = 2000
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ _TRACED = (
 
 # When the last phase of this process ended, or when it was forked.
 _last = now()
-_active: set[Phase] = set()
+_active: dict[Phase, float] = {}  # its start
 
 
 def _after_fork() -> None:
@@ -75,7 +80,7 @@ def _send(message: dict[str, Any]) -> None:
 
 def _role() -> str:
     name = multiprocessing.current_process().name
-    return {"MainProcess": "template"}.get(name, name)
+    return "template" if name == "MainProcess" else name.replace("VllmWorker-", "worker ")
 
 
 def emit(phase: Phase, start: float, end: float, detail: str = "") -> None:
@@ -85,8 +90,19 @@ def emit(phase: Phase, start: float, end: float, detail: str = "") -> None:
     _send({"event": event.to_json()})
 
 
-def _announce(phase: Phase, start: float) -> None:
-    _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid()}})
+def _announce(phase: Phase, start: float, detail: str = "") -> None:
+    _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid(), "detail": detail}})
+
+
+def progress(phase: Phase, detail: str) -> None:
+    """Tell how far a phase that is under way in this process is, such as "shard 3 of 9"."""
+    if phase in _active:
+        _announce(phase, _active[phase], detail)
+
+
+def _report(phase: Phase, error: Exception) -> None:
+    """Why the start fails, for PID 1's last line: vLLM's own exceptions say only which process failed."""
+    _send({"error": f"{phase.value} failed: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]})
 
 
 @contextmanager
@@ -96,12 +112,15 @@ def span(phase: Phase, detail: str = "") -> Iterator[None]:
         yield
         return
     begin = now()
-    _active.add(phase)
+    _active[phase] = begin
     _announce(phase, begin)
     try:
         yield
+    except Exception as error:
+        _report(phase, error)
+        raise
     finally:
-        _active.discard(phase)
+        del _active[phase]
         emit(phase, begin, now(), detail)
 
 
@@ -118,9 +137,34 @@ def _tail(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         _announce(phase, _last)
-        result = function(*args, **kwargs)
+        try:
+            result = function(*args, **kwargs)
+        except Exception as error:
+            _report(phase, error)
+            raise
         emit(phase, _last, now())
         return result
+
+    return wrapper
+
+
+def _shards(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell how far vLLM's iterator over the weights of safetensors files is."""
+
+    @functools.wraps(function)
+    def wrapper(files: list[str], *args: Any, **kwargs: Any) -> Iterator[tuple[str, Any]]:
+        sizes = [Path(file).stat().st_size for file in sorted(files)]
+        ends, total = list(accumulate(sizes)), sum(sizes)
+        done, told = 0, 0.0
+        for name, tensor in function(files, *args, **kwargs):
+            if now() - told > _PROGRESS_SECONDS:
+                told = now()
+                # vLLM reads file after file; a file's header is less than its share of a percent.
+                shard = min(bisect_right(ends, done) + 1, len(files))
+                detail = f"shard {shard} of {len(files)}, {done / 1e6:.0f} of {total / 1e6:.0f} MB"
+                progress(Phase.WEIGHT_LOAD, detail)
+            yield name, tensor
+            done += tensor.nbytes
 
     return wrapper
 
@@ -135,7 +179,7 @@ def install(device: str) -> list[str]:
             for point in _TRACED
             if point.module == _WORKER
         ]
-    missing = []
+    missing = _wrap_loader()
     for point in points:
         try:
             owner: Any = importlib.import_module(point.module)
@@ -147,3 +191,13 @@ def install(device: str) -> list[str]:
             continue
         setattr(owner, point.name, (_tail if point.tail else _around)(function, point.phase))
     return missing
+
+
+def _wrap_loader() -> list[str]:
+    module, name = "vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator"
+    try:
+        loader = importlib.import_module(module)
+        setattr(loader, name, _shards(getattr(loader, name)))
+    except (ImportError, AttributeError):
+        return [f"{module}.{name}"]
+    return []

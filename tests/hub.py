@@ -8,30 +8,51 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
-_LFS_SUFFIXES = (".safetensors", ".bin", ".pt")
+_LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".parquet")
+
+
+@dataclass
+class Refusal:
+    """An answer in place of the right one, to the next `times` requests whose path starts with `prefix`."""
+
+    prefix: str
+    status: int
+    code: str = ""
+    message: str = ""
+    times: float = float("inf")
+    # Without it the client's first wait is a second.
+    headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "0"})
 
 
 class Hub:
-    """One repository. statuses: path prefix -> HTTP status and error code to answer instead."""
+    """One repository, of models or datasets, whose answers can be made to fail in every way."""
 
-    def __init__(self, repo: str, folder: Path) -> None:
-        self.repo, self.folder = repo, folder
+    def __init__(self, repo: str, folder: Path, kind: Literal["models", "datasets"] = "models") -> None:
+        self.repo, self.folder, self.kind = repo, folder, kind
         self.commits = {COMMIT: folder}
         self.main = COMMIT
-        self.statuses: dict[str, tuple[int, str]] = {}
-        self.stalled = threading.Event()  # set: bodies of weights never come to their end
-        self.lies: dict[str, bytes] = {}  # path -> other bytes than those of its digest
+        self.token: str | None = None  # set: whoever does not send it gets 401
+        self.refusals: list[Refusal] = []
+        self.stalled: set[str] = set()  # files whose bodies stop after ten bytes, as long as they are here
+        self.cuts: dict[str, int] = {}  # file -> how many times its body ends in the middle
+        self.resets: dict[str, int] = {}  # the same, by a connection reset
+        self.lies: dict[str, bytes] = {}  # file -> other bytes than those of its digest
+        self.sizes: dict[str, int] = {}  # file -> the size that its metadata claims
         self.requests: list[str] = []
+        self.ranges: list[str] = []
         self.url = ""
 
     def push(self, commit: str, folder: Path) -> None:
@@ -39,29 +60,47 @@ class Hub:
         self.commits[commit] = folder
         self.main = commit
 
-    def at(self, revision: str) -> tuple[str, Hub] | None:
-        """The commit that a revision names, and a view of the repository there."""
+    def refuse(self, prefix: str, status: int, code: str = "", **options: Any) -> None:
+        self.refusals.append(Refusal(prefix, status, code, **options))
+
+    @property
+    def bodies(self) -> list[str]:
+        """The files whose bodies were asked for, in order."""
+        return [
+            request.split("/resolve/", 1)[1].split("/", 1)[1]
+            for request in list(self.requests)
+            if request.startswith("GET") and "/resolve/" in request
+        ]
+
+    def at(self, revision: str) -> tuple[str, Path] | None:
+        """The commit that a revision names, and its files."""
         commit = self.main if revision == "main" else revision
-        if commit not in self.commits:
-            return None
-        view = Hub(self.repo, self.commits[commit])
-        return commit, view
+        return (commit, self.commits[commit]) if commit in self.commits else None
 
-    def files(self) -> list[str]:
-        return sorted(p.relative_to(self.folder).as_posix() for p in self.folder.rglob("*") if p.is_file())
-
-    def entry(self, name: str) -> dict[str, Any]:
-        data = (self.folder / name).read_bytes()
-        entry: dict[str, Any] = {"rfilename": name, "path": name, "type": "file", "size": len(data)}
+    def entry(self, folder: Path, name: str) -> dict[str, Any]:
+        data = (folder / name).read_bytes()
+        size = self.sizes.get(name, len(data))
+        entry: dict[str, Any] = {"rfilename": name, "path": name, "type": "file", "size": size}
         entry["blobId"] = entry["oid"] = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
         if name.endswith(_LFS_SUFFIXES):
             digest = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"sha256": digest, "oid": digest, "size": len(data), "pointerSize": 130}
+            entry["lfs"] = {"sha256": digest, "oid": digest, "size": size, "pointerSize": 130}
         return entry
 
-    def etag(self, name: str) -> str:
-        entry = self.entry(name)
+    def etag(self, folder: Path, name: str) -> str:
+        entry = self.entry(folder, name)
         return str(entry["lfs"]["sha256"] if "lfs" in entry else entry["blobId"])
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def _used(counts: dict[str, int], name: str) -> bool:
+    """Whether the count of `name` had something left; one less from now on."""
+    left = counts.get(name, 0)
+    counts[name] = left - 1
+    return left > 0
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -77,71 +116,101 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         path = unquote(urlsplit(self.path).path)
         hub.requests.append(f"{self.command} {path}")
-        for prefix, (status, code) in hub.statuses.items():
-            if path.startswith(prefix):
-                return self._send(status, b"{}", {"X-Error-Code": code} if code else {})
+        if hub.token and self.headers["Authorization"] != f"Bearer {hub.token}":
+            wrong = "Invalid credentials in Authorization header" if self.headers["Authorization"] else ""
+            return self._refuse(Refusal("/", 401, message=wrong))
+        for refusal in hub.refusals:
+            if path.startswith(refusal.prefix) and refusal.times > 0:
+                refusal.times -= 1
+                return self._refuse(refusal)
+        repo = re.escape(hub.repo)
         found = re.fullmatch(
-            rf"/api/models/{re.escape(hub.repo)}(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+))?(?:/.*)?",
-            path,
+            rf"/api/{hub.kind}/{repo}(?:/(?P<kind>tree|revision)/(?P<revision>[^/]+))?(?:/.*)?", path
         )
         if found:
             return self._api(found["kind"], found["revision"] or "main")
-        found = re.fullmatch(rf"/{re.escape(hub.repo)}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", path)
+        prefix = "/datasets" if hub.kind == "datasets" else ""
+        found = re.fullmatch(rf"{prefix}/{repo}/resolve/(?P<revision>[^/]+)/(?P<name>.+)", path)
         if found:
             return self._file(found["revision"], found["name"])
-        return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        # As the real hub: who shows no token is not told whether the repository exists.
+        return self._refuse(Refusal("/", 404 if self.headers["Authorization"] else 401, "RepoNotFound"))
+
+    def _refuse(self, refusal: Refusal) -> None:
+        told = {"X-Error-Code": refusal.code, "X-Error-Message": refusal.message}
+        headers = {name: value for name, value in told.items() if value}
+        self._send(refusal.status, b"{}", {**headers, **refusal.headers})
 
     def _api(self, kind: str | None, revision: str) -> None:
         at = self.hub.at(revision)
         if at is None:
-            return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        commit, view = at
-        entries = [view.entry(name) for name in view.files()]
+            return self._refuse(Refusal("/", 404, "RevisionNotFound"))
+        commit, folder = at
+        entries = [self.hub.entry(folder, name) for name in _files(folder)]
         if kind == "tree":
             return self._send(200, json.dumps(entries).encode())
-        info = {"id": view.repo, "sha": commit, "private": False, "tags": [], "downloads": 0}
+        info = {"id": self.hub.repo, "sha": commit, "private": False, "tags": [], "downloads": 0}
         return self._send(200, json.dumps({**info, "siblings": entries}).encode())
 
     def _file(self, revision: str, name: str) -> None:
         at = self.hub.at(revision)
-        if at is None or name not in at[1].files():
-            return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
-        commit, view = at
-        if self.hub.stalled.is_set() and name.endswith(_LFS_SUFFIXES):
-            return self._stall(view, name)
-        headers = {"ETag": f'"{view.etag(name)}"', "X-Repo-Commit": commit}
-        return self._send(200, self.hub.lies.get(name) or (view.folder / name).read_bytes(), headers)
+        if at is None or name not in _files(at[1]):
+            self._refuse(Refusal("/", 404, "EntryNotFound"))
+            return
+        commit, folder = at
+        data = self.hub.lies.get(name) or (folder / name).read_bytes()
+        headers = {"ETag": f'"{self.hub.etag(folder, name)}"', "X-Repo-Commit": commit}
+        status, start = 200, 0
+        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        if wanted and self.command == "GET":
+            self.hub.ranges.append(f"{name} {wanted[0]}")
+            status, start = 206, int(wanted[1])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and name in self.hub.stalled:
+            self._part(status, data[start:], 10, headers)
+            while name in self.hub.stalled:
+                time.sleep(0.05)
+            self.wfile.write(data[start + 10 :])
+        elif self.command == "GET" and _used(self.hub.cuts, name):
+            self._part(status, data[start:], (len(data) - start) // 2, headers)
+        elif self.command == "GET" and _used(self.hub.resets, name):
+            self._part(status, data[start:], (len(data) - start) // 2, headers)
+            time.sleep(0.2)  # a reset throws away what the client has not read yet
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        else:
+            self._send(status, data[start:], headers)
 
-    def _stall(self, view: Hub, name: str) -> None:
-        data = (view.folder / name).read_bytes()
-        self.send_response(200)
-        self.send_header("ETag", f'"{view.etag(name)}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data[:10])
-            self.wfile.flush()
-            while self.hub.stalled.is_set():
-                time.sleep(0.1)
+    def _part(self, status: int, body: bytes, length: int, headers: dict[str, str]) -> None:
+        """The headers of the whole body, `length` bytes of it, and the end of the connection."""
         self.close_connection = True
+        self._head(status, len(body), headers)
+        self.wfile.write(body[:length])
+        self.wfile.flush()
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self._head(status, len(body), {"Content-Type": "application/json", **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(body)
 
+    def _head(self, status: int, length: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that is killed, or whose connection is reset on purpose, is not worth a traceback."""
+
 
 @contextmanager
-def serve(repo: str, folder: Path) -> Iterator[Hub]:
+def serve(repo: str, folder: Path, kind: Literal["models", "datasets"] = "models") -> Iterator[Hub]:
     """A hub on a free port of 127.0.0.1; point HF_ENDPOINT to its url."""
-    hub = Hub(repo, folder)
+    hub = Hub(repo, folder, kind)
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = _Server(("127.0.0.1", 0), handler)
     hub.url = f"http://127.0.0.1:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()

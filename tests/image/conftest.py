@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from builder.docker_engine import Container, DockerEngine
+from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 
 PREFIX = "coldstart-test"
 READY_SECONDS = 300
@@ -108,7 +109,7 @@ def base() -> str:
 def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[..., Any]]:
     """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end.
 
-    folder: another model than the real one.
+    folder: another model than the real one; started once here only when a flag asks for that.
     """
     tags: list[str] = []
 
@@ -116,6 +117,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
         name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS, folder: Path | None = None
     ) -> Any:
         tag = f"{PREFIX}/{name}"
+        flags = ("--no-prewarm", *flags)
         done = coldstart(
             *("build", str(folder or model), "--base", base, "-t", tag, "--json", *flags), "--", *engine_args
         )
@@ -130,7 +132,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
 
 @pytest.fixture(scope="session")
 def plain(build: Callable[..., Any]) -> Any:
-    return build("smollm2:plain")
+    return build("smollm2:plain", "--prewarm")
 
 
 @pytest.fixture(scope="session")
@@ -150,3 +152,36 @@ def start(engine: DockerEngine) -> Iterator[Callable[..., Container]]:
     yield run
     for container in containers:
         container.remove()
+
+
+BARE = Path(__file__).parent / "bare.py"
+
+
+@pytest.fixture
+def bare() -> Iterator[Callable[..., dict[str, Any]]]:
+    """bare(image, scenarios, *docker flags) -> the results of bare.py by name, in one container."""
+    made: list[str] = []
+
+    def run(image: str, scenarios: Sequence[dict[str, Any]], *flags: str) -> dict[str, Any]:
+        name = f"{CONTAINER_PREFIX}bare-{uuid.uuid4().hex[:8]}"
+        container = _docker(
+            "create", "--name", name, "--no-healthcheck", *flags, "--entrypoint", "sleep", image, "infinity"
+        ).strip()
+        made.append(container)
+        _docker("cp", str(BARE), f"{container}:/opt/bare.py")
+        _docker("start", container)
+        output = _docker("exec", container, "python3", "/opt/bare.py", json.dumps(list(scenarios)))
+        results = {result["name"]: result for result in json.loads(output.strip().rpartition("\n")[2])}
+        for result in results.values():
+            print({key: value for key, value in result.items() if key not in ("log", "phases")})
+        return results
+
+    yield run
+    for container in made:
+        _docker("rm", "--force", "--volumes", container)
+
+
+def _docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import subprocess
 import threading
@@ -11,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from openai import NotFoundError, OpenAI
 
+from benchmarks.load import Target, shut_down_under_load, storm
 from builder.docker_engine import Container, DockerEngine
 from runtime.phases import Phase, PhaseEvent, covered_seconds
 from tests.image.conftest import get, wait_ready, wait_until
@@ -120,14 +124,70 @@ def _check_running_request_finishes(container: Container) -> None:
     assert container.wait(60) == 0
 
 
-@pytest.mark.parametrize("seconds", [0.5, 4.0, 8.0])
-def test_sigterm_during_start_up_exits_cleanly(
-    plain: Any, start: Callable[..., Container], seconds: float
-) -> None:
+def test_hand_over_in_a_storm_then_every_kind_of_route(plain: Any, start: Callable[..., Container]) -> None:
     container = start(plain["tag"])
-    time.sleep(seconds)
-    # A SIGKILL, which follows when SIGTERM is not obeyed, would give 137.
-    assert container.stop(20) == 0, container.logs()[-2000:]
+    target = Target(container.address(), 8000, "SmolLM2-135M-Instruct")
+
+    def last_phase() -> bool:
+        startup = get(container, "/startup").json
+        return "ready" in [item["phase"] for item in startup["running"] + startup["phases"]]
+
+    wait_until(lambda: _up(container) and last_phase(), container)
+    over: list[float] = []
+
+    def until() -> bool:
+        if get(container, "/ready").status == 200:
+            over.append(time.monotonic())
+        return bool(over) and time.monotonic() > over[0] + 3
+
+    tally = asyncio.run(storm(target, 300, until))
+    print(tally)
+    assert (tally.lost, tally.refused) == ([], 0)
+    assert set(tally.answers) == {200, 503}  # before the hand-over and after it
+    assert sum(tally.answers.values()) > 600
+    _check_routes(container)
+    _check_orphans_are_reaped(container)
+
+
+def _up(container: Container) -> bool:
+    try:
+        return get(container, "/health").status == 200
+    except OSError:
+        return False
+
+
+def _check_routes(container: Container) -> None:
+    """Through the official client, streams included, and vLLM's routes beside the OpenAI ones."""
+    root = f"http://127.0.0.1:{container.host_port()}"
+    client = OpenAI(base_url=f"{root}/v1", api_key="none", max_retries=0, timeout=120)
+    model = client.models.list().data[0].id
+    question: Any = [{"role": "user", "content": "What is the capital of France?"}]
+    fixed: Any = {"model": model, "temperature": 0}
+    chat = client.chat.completions.create(messages=question, max_tokens=20, **fixed)
+    assert "Paris" in chat.choices[0].message.content
+    chunks = client.chat.completions.create(messages=question, max_tokens=20, stream=True, **fixed)
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    text = client.completions.create(prompt="The capital of France is", max_tokens=4, **fixed)
+    assert "Paris" in text.choices[0].text
+    parts = client.completions.create(prompt="The capital of France is", max_tokens=4, stream=True, **fixed)
+    assert "".join(part.choices[0].text for part in parts) == text.choices[0].text
+    response = client.responses.create(input=question, max_output_tokens=20, **fixed)
+    assert "Paris" in response.output_text
+    events = client.responses.create(input=question, max_output_tokens=20, stream=True, **fixed)
+    assert "Paris" in "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    with pytest.raises(NotFoundError):
+        client.completions.create(prompt="x", model="another")
+    tokens = httpx.post(f"{root}/tokenize", json={"model": model, "prompt": "Hello"}).json()["tokens"]
+    assert (
+        httpx.post(f"{root}/detokenize", json={"model": model, "tokens": tokens}).json()["prompt"] == "Hello"
+    )
+    assert "vllm:prompt_tokens_total" in httpx.get(f"{root}/metrics").text
+    assert httpx.get(f"{root}/version").json()["version"].startswith("0.")
+
+
+def _check_orphans_are_reaped(container: Container) -> None:
+    assert container.run(["sh", "-c", "sleep 0.2 &"])[0] == 0
+    wait_until(lambda: container.run(["sh", "-c", "grep -l sleep /proc/[0-9]*/comm"])[0] != 0, container)
 
 
 def test_port_in_use_is_told(plain: Any, start: Callable[..., Container]) -> None:
@@ -138,15 +198,25 @@ def test_port_in_use_is_told(plain: Any, start: Callable[..., Container]) -> Non
     assert "cannot listen on 0.0.0.0:18431: Address already in use" in second.logs()
 
 
-def test_engine_death_ends_the_container(plain: Any, start: Callable[..., Container]) -> None:
+def test_engine_death_ends_its_streams_with_an_error_and_then_the_container(
+    plain: Any, start: Callable[..., Container]
+) -> None:
     container = start(plain["tag"])
     wait_ready(container)
     kill = "import os,signal,json,urllib.request as u;"
     kill += "d=json.load(u.urlopen('http://127.0.0.1:8000/startup'));"
     kill += "os.kill(next(p['pid'] for p in d['phases'] if p['process']=='EngineCore'), signal.SIGKILL)"
-    assert container.run(["python3", "-c", kill])[0] == 0
-    assert container.wait(30) == 1
-    assert "failed: the engine core died" in container.logs()
+    target = Target(container.address(), 8000, "SmolLM2-135M-Instruct")
+    tally, code = asyncio.run(
+        shut_down_under_load(
+            target, lambda: container.run(["python3", "-c", kill]), lambda: container.wait(60), tokens=1000
+        )
+    )
+    print(tally)
+    assert code == 1
+    assert tally.errors >= 1
+    assert tally.lost == []
+    assert "coldstart: exit 1: failed: the engine core" in container.logs().rstrip().rpartition("\n")[2]
 
 
 def test_nothing_of_ours_is_left_running(engine: DockerEngine) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
-from runtime.supervisor import _bind
+from runtime.listener import bind
 
 
 async def _exchange(port: int, request: bytes, *, half_close: bool = False) -> bytes:
@@ -26,12 +26,12 @@ async def _exchange(port: int, request: bytes, *, half_close: bool = False) -> b
 
 def _with_front(scenario: Callable[[Front, Lifecycle, int, socket.socket], Awaitable[None]]) -> None:
     async def run() -> None:
-        with _bind("127.0.0.1", 0) as listener:
+        with bind("127.0.0.1", 0) as listener:
             lifecycle = Lifecycle(started=0.0)
-            front = Front(listener, lifecycle, 2048)
-            await front.open()
+            front = Front(listener, lifecycle)
+            front.open()
             await scenario(front, lifecycle, listener.getsockname()[1], listener)
-            await front.close()
+            front.close()
 
     asyncio.run(run())
 
@@ -106,22 +106,70 @@ def test_silent_client_does_not_hold_up_the_hand_over() -> None:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\nhalf")
         await writer.drain()
         await asyncio.sleep(0.1)
-        await asyncio.wait_for(front.close(), 5)  # the request itself would be waited for twice as long
-        assert await reader.read() == b""
+        front.close()
+        heir = Front(listener, lifecycle)
+        heir.open()
+        assert (await _exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")).startswith(
+            b"HTTP/1.1 200 "
+        )
+        writer.write(b"others")  # and it is not cut either: what PID 1 accepted, PID 1 answers
+        assert (await reader.read()).startswith(b"HTTP/1.1 503 ")
         writer.close()
+        heir.close()
 
     _with_front(scenario)
 
 
 def test_connection_that_comes_between_the_two_servers_waits_and_is_served() -> None:
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
-        await front.close()  # nobody accepts now; the kernel does
+        front.close()  # nobody accepts now; the kernel does
         pending = asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
         await asyncio.sleep(0.2)
         assert not pending.done()
-        heir = Front(listener, lifecycle, 2048)  # as the engine does, on the same socket
-        await heir.open()
+        heir = Front(listener, lifecycle)  # as the engine does, on the same socket
+        heir.open()
         assert (await pending).startswith(b"HTTP/1.1 200 ")
-        await heir.close()
+        heir.close()
+
+    _with_front(scenario)
+
+
+def test_closing_in_the_middle_of_a_storm_loses_no_connection() -> None:
+    """asyncio's own server drops what it accepted in the moment of its close."""
+
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        lifecycle.move(State.READY)  # as at the hand-over: what PID 1 still holds gets a 503
+        for step in range(40):
+            pending = [
+                asyncio.create_task(_exchange(port, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n"))
+                for _ in range(30)
+            ]
+            for _ in range(step % 10):  # to every point of connecting, accepting and reading
+                await asyncio.sleep(0)
+            front.close()
+            front.open()
+            answers = await asyncio.gather(*pending)
+            assert all(answer.startswith(b"HTTP/1.1 503 ") for answer in answers)
+
+    _with_front(scenario)
+
+
+def test_retiring_answers_what_is_queued_and_lets_nothing_new_begin() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        front.close()
+        queued = [
+            asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+            for _ in range(50)
+        ]
+        await asyncio.sleep(0.1)
+        retiring = asyncio.create_task(front.retire())
+        await asyncio.sleep(0)
+        late = asyncio.create_task(asyncio.open_connection("127.0.0.1", port))
+        await retiring
+        assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in await asyncio.gather(*queued))
+        assert not late.done()  # its SYN was dropped: neither accepted nor refused
+        listener.close()
+        with pytest.raises(ConnectionRefusedError):  # when the client's kernel tries again
+            await asyncio.wait_for(late, 20)
 
     _with_front(scenario)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from runtime.lifecycle import Lifecycle, State
@@ -48,11 +50,24 @@ def test_current_phase_is_the_one_that_began_last() -> None:
     lifecycle = Lifecycle(started=0.0)
     lifecycle.begin(Phase.ENGINE_INIT, pid=1, start=1.0)
     lifecycle.begin(Phase.WEIGHT_LOAD, pid=2, start=2.0)
-    assert lifecycle.current_phase == Phase.WEIGHT_LOAD.value
+    assert lifecycle.snapshot()["phase"] == Phase.WEIGHT_LOAD.value
     lifecycle.finish(PhaseEvent(Phase.WEIGHT_LOAD, 2.0, 3.0, "EngineCore", 2))
-    assert lifecycle.current_phase == Phase.ENGINE_INIT.value
     snapshot = lifecycle.snapshot()
+    assert snapshot["phase"] == Phase.ENGINE_INIT.value
     assert PhaseEvent.from_json(snapshot["phases"][0]).seconds == 1.0
+
+
+def test_startup_tells_how_far_a_running_phase_is() -> None:
+    lifecycle = Lifecycle(started=0.0)
+    lifecycle.begin(Phase.WEIGHT_LOAD, pid=2, start=2.0)
+    assert lifecycle.snapshot()["detail"] == ""
+    lifecycle.begin(Phase.WEIGHT_LOAD, pid=2, start=2.0, detail="shard 3 of 9")
+    snapshot = lifecycle.snapshot()
+    assert snapshot["detail"] == "shard 3 of 9"
+    assert snapshot["running"] == [{"phase": "weight_load", "pid": 2, "start": 2.0, "detail": "shard 3 of 9"}]
+    json.dumps(snapshot)
+    lifecycle.finish(PhaseEvent(Phase.WEIGHT_LOAD, 2.0, 3.0, "EngineCore", 2))
+    assert lifecycle.snapshot()["running"] == []
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.READY, State.DRAINING])

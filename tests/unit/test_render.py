@@ -162,3 +162,14 @@ def test_rendered_folder_has_the_same_files_and_modes_as_the_stream(tmp_path: Pa
     folders = [path for path in (tmp_path / "out").rglob("*") if path.is_dir()]
     assert {path.stat().st_mode & 0o777 for path in folders} == {0o755}
     assert (root / "model.safetensors").stat().st_mode & 0o777 == 0o600
+
+
+def test_recorded_state_is_one_layer_on_top(tmp_path: Path) -> None:
+    (tmp_path / "files.txt").write_text("/lib/a.so\n")
+    rendered = render.render_prewarm("a/b:c", [("x.y", "1"), ("x.z", "$HOME")], tmp_path, ["files.txt"])
+    assert rendered.dockerfile.splitlines()[1:] == [
+        "FROM a/b:c",
+        'LABEL "x.y"="1" "x.z"="\\$HOME"',
+        'COPY ["state/", "/opt/coldstart/state/"]',
+    ]
+    assert rendered.files == (ContextFile("state/files.txt", tmp_path / "files.txt"),)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from runtime.preflight import PreflightError, check
-from runtime.settings import Manifest, SettingsError, load
+from runtime.settings import Manifest, SettingsError, load, read_api_key
 
 MANIFEST = Manifest("/models/tiny", "tiny", "cpu", ("--enforce-eager",))
 
@@ -74,3 +74,19 @@ def test_gpu_image_without_a_gpu_is_refused_with_the_way_out() -> None:
 def test_hidden_model_is_told() -> None:
     with pytest.raises(PreflightError, match="mounted over it"):
         check(MANIFEST, exists=lambda _: False)
+
+
+def test_api_key_is_the_content_of_the_file(tmp_path: Path) -> None:
+    assert read_api_key({}) is None
+    path = tmp_path / "api-key"
+    path.write_text("secret\n")
+    assert read_api_key({"COLDSTART_API_KEY_FILE": str(path)}) == "secret"
+
+
+@pytest.mark.parametrize("content", [None, "", "\n"])
+def test_api_key_file_without_a_key_is_refused(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "api-key"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(SettingsError, match="COLDSTART_API_KEY_FILE"):
+        read_api_key({"COLDSTART_API_KEY_FILE": str(path)})

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What a request pays and what a shutdown loses, on this machine: raw samples into benchmarks/results/.
+set -euo pipefail
+cd "$(dirname "$(realpath "$0")")/.."
+PATH=$PWD/.venv/bin:$PATH
+OURS=coldstart-soak/smollm2:bf16
+STOCK=coldstart-soak/smollm2:stock-eager
+
+trap 'docker rmi "$OURS" "$STOCK" >/dev/null 2>&1 || true' EXIT
+trap 'exit 130' INT TERM
+
+weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --json -- --max-model-len 2048 |
+  python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
+DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
+python -m benchmarks.proxy_hop "$OURS" "$STOCK" --rounds "${ROUNDS:-30}" --json "benchmarks/results/proxy-hop-$(date +%F).json"
+python -m benchmarks.soak "$OURS" --count "${COUNT:-50}" --json "benchmarks/results/soak-$(date +%F).json"

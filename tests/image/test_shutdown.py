@@ -1,0 +1,71 @@
+"""However a start ends, it ends by itself, says why, and leaves nothing behind: real vLLM, real signals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from benchmarks.load import Target, shut_down_under_load
+from builder.docker_engine import Container
+from runtime.phases import Phase
+from tests.image.conftest import wait_ready
+
+NOTHING: dict[str, list[str]] = {"processes": [], "files": [], "shared_memory": [], "ports": []}
+# Those that last long enough to be seen under way; the signal comes when the phase has begun.
+PHASES = (
+    *(Phase.SERVER_BIND, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.TOKENIZER_INIT, Phase.ENGINE_INIT),
+    *(Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.READY),
+)
+
+
+def test_sigterm_in_every_phase_ends_by_itself_and_leaves_nothing(
+    plain: Any, bare: Callable[..., dict[str, Any]]
+) -> None:
+    scenarios: list[dict[str, Any]] = [
+        {"name": phase.value, "when": phase.value, "act": "SIGTERM"} for phase in PHASES
+    ]
+    stop = {"when": "ready to serve", "act": "SIGTERM", "arguments": ["--drain-delay", "1"]}
+    scenarios.append({"name": "serving", **stop})
+    for name, result in bare(plain["tag"], scenarios).items():
+        assert result["acted"], (name, result["log"])
+        assert result["code"] == 0, (name, result["log"])
+        assert result["last_line"] == "coldstart: exit 0: stopped as asked", (name, result["log"])
+        assert result["left"] == NOTHING, name
+        assert result["zombies"] == [], name
+        assert 0 < result["resident_kib"] < 60_000, name
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "no time", "second signal"])
+def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Container]) -> None:
+    """Streams of 200 tokens, and short requests on new and kept connections all the while.
+
+    With time to drain, nothing that was accepted is lost or cut short. Without, streams end with an error.
+    """
+    drains = how.startswith("SIG")
+    delay, timeout = ("0", "0") if how == "no time" else ("2", "240")
+    container = start(plain["tag"], arguments=["--drain-delay", delay, "--drain-timeout", timeout])
+    wait_ready(container)
+
+    def terminate() -> None:
+        container.signal("SIGINT" if how == "SIGINT" else "SIGTERM")
+        if how == "second signal":
+            container.signal("SIGTERM")
+
+    target = Target(container.address(), 8000, "SmolLM2-135M-Instruct")
+    tally, code = asyncio.run(shut_down_under_load(target, terminate, lambda: container.wait(400)))
+    print(tally)
+    assert tally.lost == [], container.logs()[-3000:]
+    assert set(tally.answers) <= {200, 503}
+    assert tally.answers[503] > 0 or not drains  # what came after the delay was told to go elsewhere
+    last_line = container.logs().rstrip().rpartition("\n")[2]
+    if drains:
+        assert (code, tally.errors) == (0, 0)
+        assert tally.streams >= 4
+        assert last_line == "coldstart: exit 0: stopped as asked"
+    else:
+        assert code == 6
+        assert tally.errors >= 1
+        assert last_line.startswith("coldstart: exit 6: requests in flight were cut. Raise --drain-timeout")

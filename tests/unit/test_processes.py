@@ -1,0 +1,67 @@
+"""The tree of processes, for real: what is below us ends, whatever it does, and leaves nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+
+def _run(code: str) -> str:
+    """Runs in a process of its own, which is then the ancestor."""
+    script = "import os, signal, subprocess, sys, time\nfrom runtime import processes\n" + textwrap.dedent(
+        code
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_orphans_and_processes_that_ignore_signals_are_ended_and_reaped() -> None:
+    left = _run(
+        """
+        processes.adopt_orphans()
+        child = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); time.sleep(60)"
+        # The shell leaves at once: its child is an orphan.
+        subprocess.run(["sh", "-c", f"{sys.executable} -c '{child}' & exit 0"], check=True)
+        while len(processes.descendants(os.getpid())) < 2:
+            time.sleep(0.01)
+        processes.end_descendants(os.getpid(), 20)
+        print(processes.descendants(os.getpid()))
+        """
+    )
+    assert left == "[]"
+
+
+def test_shared_memory_of_killed_processes_is_known_and_semaphores_are_removed() -> None:
+    segment, semaphore, left = _run(
+        """
+        import tempfile, textwrap
+        lock = processes.CONTEXT.Lock()  # a file until multiprocessing's resource tracker removes it
+        semaphore = "/dev/shm/sem." + lock._semlock.name.strip("/")
+        assert os.path.exists(semaphore)
+        name = tempfile.mktemp(prefix="coldstart-", dir="/dev/shm")
+        child = textwrap.dedent(
+            f'''
+            import mmap, time
+            with open("{name}", "w+b") as file:
+                file.truncate(4096)
+                mapped = mmap.mmap(file.fileno(), 4096)
+                print("mapped", flush=True)
+                time.sleep(60)
+            '''
+        )
+        process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        found = processes.shared_memory(os.getpid())
+        processes.end_descendants(os.getpid(), 20)
+        print(name in map(str, found), os.path.exists(semaphore), processes.descendants(os.getpid()))
+        for path in found:
+            path.unlink()
+        sys.stdout.flush()
+        os._exit(0)  # as PID 1 does: the lock's own finalizer would find nothing
+        """
+    ).split(maxsplit=2)
+    assert (segment, semaphore, left) == ("True", "False", "[]")

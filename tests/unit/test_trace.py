@@ -1,0 +1,71 @@
+"""Phases of a process reach PID 1 as datagrams, over a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from runtime import trace
+from runtime.phases import Phase
+
+
+@pytest.fixture
+def messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A function that returns what has arrived so far."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "events"))
+        receiver.setblocking(False)
+        monkeypatch.setenv(trace.SOCKET_VARIABLE, str(tmp_path / "events"))
+
+        def arrived() -> list[Any]:
+            found = []
+            while True:
+                try:
+                    found.append(json.loads(receiver.recv(65536)))
+                except BlockingIOError:
+                    return found
+
+        yield arrived
+
+
+def test_a_failing_phase_says_why_once(messages: Any) -> None:
+    with pytest.raises(ValueError, match="damaged"), trace.span(Phase.WEIGHT_LOAD):
+        raise ValueError("damaged")
+    begin, error, event = messages()
+    assert begin["begin"]["phase"] == "weight_load"
+    assert error == {"error": "weight_load failed: ValueError: damaged"}
+    assert event["event"]["phase"] == "weight_load"
+
+
+def test_shards_are_counted_as_the_weights_are_read(
+    messages: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trace, "_PROGRESS_SECONDS", -1.0)  # tell every tensor
+    files = []
+    for index in range(3):
+        files.append(str(tmp_path / f"{index}.safetensors"))
+        Path(files[-1]).write_bytes(bytes(1_000_000))
+
+    def iterator(files: list[str], tqdm: bool) -> Iterator[tuple[str, Any]]:
+        for file in files:
+            for half in range(2):
+                yield f"{file}{half}", SimpleNamespace(nbytes=500_000)
+
+    with trace.span(Phase.WEIGHT_LOAD):
+        assert len(list(trace._shards(iterator)(files, True))) == 6
+    details = [message["begin"]["detail"] for message in messages() if "begin" in message]
+    assert details == [
+        "",
+        "shard 1 of 3, 0 of 3 MB",
+        "shard 1 of 3, 0 of 3 MB",
+        "shard 2 of 3, 1 of 3 MB",
+        "shard 2 of 3, 2 of 3 MB",
+        "shard 3 of 3, 2 of 3 MB",
+        "shard 3 of 3, 2 of 3 MB",
+    ]
