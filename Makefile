@@ -4,17 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 TESTBED := tests/testbed/with-testbed.sh
 
-.PHONY: test test-unit test-image check demo demo-clean bench soak clean
+.PHONY: test test-unit test-browser test-image check demo demo-clean bench soak clean
 
 $(VENV)/.made: pyproject.toml
 	python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-test: test-unit test-image
+test: test-unit test-browser test-image
 
 test-unit: $(VENV)/.made
 	$(BIN)/python -m pytest tests/unit
+
+test-browser: $(VENV)/.made
+	tests/testbed/browser.sh $(BIN)/python -m pytest tests/browser
 
 test-image: $(VENV)/.made
 	$(TESTBED) $(BIN)/python -m pytest tests/image

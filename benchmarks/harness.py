@@ -6,6 +6,7 @@ both can lie on one time line.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -20,10 +21,10 @@ from typing import Literal, Protocol, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks import client
-from benchmarks.schema import BenchResult, ImageFacts, Machine, Run, Workload
+from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Run, Workload
 from builder.errors import ColdstartError, InputError, VerifyError
 from builder.report import Reporter, Task
-from runtime.phases import Phase, PhaseEvent, covered_seconds, now
+from runtime.phases import Phase, covered_seconds, now
 
 __all__ = [
     "ContainerHost",
@@ -89,6 +90,25 @@ class ContainerHost(Protocol):
         """
 
 
+class Watcher(Protocol):
+    """Sees each run as it goes, from what the harness asks anyway. Its time is the benchmark's: be quick."""
+
+    def begin(self, image: str) -> None: ...
+
+    def poll(self, phase: Phase | None) -> None:
+        """It is not ready; `phase` began last, where the image says so."""
+
+    def end(self, run: Run) -> None: ...
+
+
+class _NoWatcher:
+    def begin(self, image: str) -> None: ...
+
+    def poll(self, phase: Phase | None) -> None: ...
+
+    def end(self, run: Run) -> None: ...
+
+
 def run_benchmark(
     host: ContainerHost,
     images: Sequence[str],
@@ -96,6 +116,10 @@ def run_benchmark(
     *,
     reporter: Reporter,
     save: Callable[[BenchResult], None],
+    until: float | None = None,
+    max_runs: int | None = None,
+    enough: Callable[[BenchResult], bool] = lambda _: False,
+    watcher: Watcher | None = None,
     timeout: float = 600,
     stop_timeout: int = 40,
     workload: Workload | None = None,
@@ -104,12 +128,14 @@ def run_benchmark(
     """Starts each image `runs` times, in turn, and measures from the create call to the first token.
 
     A run that fails is kept as failed and the benchmark goes on; `save` gets all runs so far after each one.
+    max_runs: of each image, where `enough`, asked after each round from `runs` on, does not end it before;
+    until: what `enough` waits for, for the record.
     timeout: seconds that a run may take to its complete answer; stop_timeout: seconds from SIGTERM to
     SIGKILL; engine_version: Docker Engine's, for the record. Raises InputError for arguments that measure
     nothing, and what `host.image_facts` and `save` raise. Containers are removed whatever happens, Ctrl-C
     included.
     """
-    _check(images, runs, timeout)
+    _check(images, runs, max_runs, timeout)
     facts = [host.image_facts(image) for image in images]
     _check_distinct(facts)
     result = BenchResult(
@@ -118,12 +144,20 @@ def run_benchmark(
         workload=workload or Workload(),
         images=tuple(facts),
         runs_per_image=runs,
+        until=until,
+        max_runs_per_image=max_runs,
     )
-    bench = _Bench(host, result.workload, timeout, stop_timeout, reporter)
-    slots = interleave(facts, runs)
+    watcher = watcher or _NoWatcher()
+    bench = _Bench(host, result.workload, timeout, stop_timeout, reporter, watcher)
+    slots = interleave(facts, max_runs or runs)
     with reporter.task("Benchmark", len(slots), unit="runs") as task:
         for order, (image, index) in enumerate(slots):
+            if index >= runs and order % len(facts) == 0 and enough(result):
+                reporter.note(f"precise enough after {index} runs of each")
+                break
+            watcher.begin(image.reference)
             run = bench.run(_Slot(image, index, order), task)
+            watcher.end(run)
             result = result.model_copy(update={"runs": (*result.runs, run)})
             save(result)
             task.advance(1)
@@ -159,11 +193,13 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _check(images: Sequence[str], runs: int, timeout: float) -> None:
+def _check(images: Sequence[str], runs: int, max_runs: int | None, timeout: float) -> None:
     if not images:
         raise InputError("There is no image to benchmark.", fix="Name at least one image.")
     if runs < 1:
         raise InputError(f"{runs} runs measure nothing.", fix="Pass --runs 1 or more.")
+    if max_runs is not None and max_runs < runs:
+        raise InputError(f"At most {max_runs} runs are fewer than {runs}.", fix="Raise --max-runs.")
     if timeout <= 0:
         raise InputError(f"A timeout of {timeout} s leaves no time to start.", fix="Pass a positive number.")
 
@@ -201,7 +237,7 @@ class _Sample:
     first_token_at: float | None = None
     answer: str = ""
     started: float | None = None
-    reported: tuple[PhaseEvent, ...] | None = None
+    reported: tuple[MeasuredPhase, ...] | None = None
     exit_code: int | None = None
     stop_seconds: float | None = None
     error: str = ""
@@ -233,7 +269,7 @@ class _Sample:
             log_tail=self.log_tail,
         )
 
-    def _client_events(self) -> Iterator[PhaseEvent]:
+    def _client_events(self) -> Iterator[MeasuredPhase]:
         if self.started is not None:
             yield _client_event(Phase.CONTAINER_START, self.created_at, self.started)
         if self.ready_at is None:
@@ -245,8 +281,8 @@ class _Sample:
             yield _client_event(Phase.FIRST_TOKEN, self.ready_at, self.first_token_at)
 
 
-def _client_event(phase: Phase, start: float, end: float) -> PhaseEvent:
-    return PhaseEvent(phase, start, end, process="client", pid=os.getpid())
+def _client_event(phase: Phase, start: float, end: float) -> MeasuredPhase:
+    return MeasuredPhase(phase, start, end, process="client", pid=os.getpid())
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,6 +292,7 @@ class _Bench:
     timeout: float
     stop_timeout: int
     reporter: Reporter
+    watcher: Watcher
 
     def run(self, slot: _Slot, task: Task) -> Run:
         task.detail(f"starting {slot.facts.reference}")
@@ -279,7 +316,7 @@ class _Bench:
             _fail(container, sample, error)
             return
         try:
-            model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task)
+            model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task, self.watcher)
             sample.first_token_at, sample.answer = client.complete(port, model, self.workload, deadline)
         except ColdstartError as error:
             _fail(container, sample, error)
@@ -356,7 +393,7 @@ def _plain(text: str) -> str:
 
 
 def _wait_ready(
-    container: RunningContainer, port: int, deadline: float, timeout: float, task: Task
+    container: RunningContainer, port: int, deadline: float, timeout: float, task: Task, watcher: Watcher
 ) -> tuple[str, float]:
     """Polls /v1/models until it answers 200: the served model's name, and when the answer was there."""
     began = time.monotonic()
@@ -380,6 +417,7 @@ def _wait_ready(
                 return client.model_name(reply.body), reply.at
             seen = f"GET /v1/models answered {reply.status}"
             _refuse_locked(reply.status)
+            watcher.poll(_phase_told(reply.body))
         _pause(time.monotonic() - polled_at)
     raise VerifyError(
         f"It was not ready within {timeout:g} s.",
@@ -392,6 +430,14 @@ def _pause(poll_seconds: float) -> None:
     """Polls share the cores with the start that they watch: slow answers make them rarer."""
     wanted = poll_seconds * (1 / _POLL_BUSY_SHARE - 1)
     time.sleep(min(max(_POLL_SECONDS, wanted), _POLL_SECONDS_MAX))
+
+
+def _phase_told(body: bytes) -> Phase | None:
+    """The runtime's 503 names the phase that it is in."""
+    try:
+        return Phase(json.loads(body)["error"]["phase"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _refuse_locked(status: int) -> None:
@@ -411,7 +457,7 @@ class _Startup(BaseModel):
 
     schema_: Literal[1] = Field(alias="schema")
     started: float | None = None
-    phases: tuple[PhaseEvent, ...]
+    phases: tuple[MeasuredPhase, ...]
 
 
 def _read_startup(port: int, sample: _Sample) -> None:

@@ -1,18 +1,23 @@
 """The result file of `coldstart bench`: strict and frozen, raw samples first, times in seconds.
 
-Moments are seconds since the Unix epoch, as in runtime.phases; durations end in `_seconds`.
+Moments are seconds since the Unix epoch, as in runtime.phases; durations end in `_seconds`, shares are of 1.
+Version 1 is still read: all that it lacks has a default that is true of it.
+`python -m benchmarks.schema` prints the JSON Schema that docs/bench-result.schema.json keeps.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
-from typing import Final, Literal, Self
+from pathlib import Path
+from typing import Any, Final, Literal, Self
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from builder.errors import InputError
 from runtime.phases import Phase, PhaseEvent, covered_seconds
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -54,6 +59,38 @@ class Workload(BaseModel):
     temperature: Literal[0] = 0
 
 
+Cache = Literal["cold", "warm", "as_is"]
+
+
+class State(BaseModel):
+    """What the run found: caches emptied, filled or left as they were; whether it pulled the image."""
+
+    model_config = STRICT
+
+    page_cache: Cache = "as_is"
+    compile_cache: Cache = "as_is"
+    pulled: bool = False
+
+
+class Resources(BaseModel):
+    """What a phase used, of all processes of the container; None where it was not sampled."""
+
+    model_config = STRICT
+
+    cpu_seconds: float | None = None
+    read_bytes: int | None = None
+    net_bytes: int | None = None
+    page_faults: int | None = None
+    peak_memory_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredPhase(PhaseEvent):
+    """A phase as the result file keeps it."""
+
+    resources: Resources | None = None
+
+
 class Run(BaseModel):
     """One start of one image, kept also where it failed.
 
@@ -61,8 +98,9 @@ class Run(BaseModel):
     created_at: just before the container was created. ready_seconds, total_seconds: from there to the
     client's first 200 of /v1/models, and to the first streamed token. unattributed_seconds: the part of the
     total that no phase covers. phases_from: "runtime" where the image reported its phases at /startup,
-    "client" where only what the client sees is known. exit_code, stop_seconds: of SIGTERM at the end;
-    log_tail: of failed runs.
+    "client" where only what the client sees is known; adapter: what understood the image's report, such as
+    "coldstart" or "vllm_log". sampler_cpu_seconds: what sampling resources itself cost. exit_code,
+    stop_seconds: of SIGTERM at the end; log_tail: of failed runs.
     """
 
     model_config = STRICT
@@ -76,8 +114,11 @@ class Run(BaseModel):
     ready_seconds: float | None = None
     total_seconds: float | None = None
     unattributed_seconds: float | None = None
-    phases: tuple[PhaseEvent, ...] = ()
+    state: State = State()
+    phases: tuple[MeasuredPhase, ...] = ()
     phases_from: Literal["runtime", "client"] = "client"
+    adapter: str | None = None
+    sampler_cpu_seconds: float | None = None
     answer: str = ""
     exit_code: int | None = None
     stop_seconds: float | None = None
@@ -106,20 +147,31 @@ class Run(BaseModel):
 
 
 class BenchResult(BaseModel):
-    """Everything that one benchmark measured. `images` are in the order given; the first is the baseline."""
+    """Everything that one benchmark measured. `images` are in the order given; the first is the baseline.
+
+    runs_per_image: at least; `until`: the half width, as a share, that the interval of every image's median
+    was to reach, for which up to max_runs_per_image were allowed.
+    """
 
     model_config = STRICT
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[2] = SCHEMA_VERSION
     created: AwareDatetime
     machine: Machine
     workload: Workload
     images: tuple[ImageFacts, ...]
     runs_per_image: int = Field(gt=0)
-    # Said, not hidden: nothing is dropped or primed, so the first run of an image may read from disk what the
-    # later ones find in memory.
-    page_cache: Literal["not controlled"] = "not controlled"
+    until: float | None = Field(default=None, gt=0)
+    max_runs_per_image: int | None = Field(default=None, gt=0)
     runs: tuple[Run, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _upgrade(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("schema_version") == 1:
+            data = {key: value for key, value in data.items() if key != "page_cache"}
+            data["schema_version"] = SCHEMA_VERSION
+        return data
 
     def runs_of(self, image: str) -> tuple[Run, ...]:
         """All runs of an image reference, failed ones too, in the order they ran."""
@@ -132,3 +184,32 @@ class BenchResult(BaseModel):
     @property
     def failed(self) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if not run.ok)
+
+
+def read_result(path: Path) -> BenchResult:
+    """What `coldstart bench --json` wrote. Raises InputError for anything else, later versions too."""
+    try:
+        return BenchResult.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}", why=str(error), fix="Check the path.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise InputError(
+            f"{path} is not a result of `coldstart bench --json`",
+            why=f"{where}: {first['msg']}." if where else f"{first['msg']}.",
+            fix=f"This version reads results of schema version 1 to {SCHEMA_VERSION}.",
+        ) from error
+
+
+def json_schema() -> str:
+    """The documented form of a result file."""
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+    }
+    schema |= BenchResult.model_json_schema(mode="serialization")
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

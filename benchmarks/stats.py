@@ -6,6 +6,7 @@ must not move the result.
 
 from __future__ import annotations
 
+import enum
 import math
 import random
 from collections.abc import Sequence
@@ -14,12 +15,14 @@ from statistics import median, quantiles
 
 MIN_SAMPLES_FOR_INTERVAL = 3
 # From order statistics: the range of n samples holds the true median with probability 1 - 2 ** (1 - n),
-# which reaches 95 % at n = 6. No resampling of fewer runs can know more than that.
+# which reaches 95 % at n = 6. No resampling of fewer runs can know more than that:
+# of fewer the whole range is taken. That three runs are all slower than three others is chance in 1 of 20.
 MIN_SAMPLES_FOR_95_PERCENT = 6
 
 # The threshold of sharkdp/hyperfine: severe only, so that ordinary noise raises no alarm.
 _OUTLIER_SCORE = 14.826
 _NORMAL_MAD = 1.4826  # median absolute deviation -> standard deviation, for normal noise
+_NOISE_SHARE = 0.10  # of the median, for the middle half of the runs
 _OUTLIER_MIN_SHARE = 0.05  # a few lucky, nearly equal runs make the score explode: nobody cares below 5 %
 
 
@@ -41,12 +44,40 @@ class Summary:
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """Median over median. `interval` is None where there are too few samples for one to mean anything."""
+class Estimate:
+    """A median, or one over another. `interval` is None where samples are too few for one to mean anything.
+
+    runs: of the side that has fewer. Under MIN_SAMPLES_FOR_95_PERCENT the interval is all that was seen, the
+    fastest over the slowest to the slowest over the fastest; from there on it is a bootstrap interval.
+    """
 
     value: float
     interval: tuple[float, float] | None
     confidence: float
+    runs: int
+
+    @property
+    def half_width(self) -> float | None:
+        """Of the interval, as a share of the value."""
+        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2 / self.value
+
+
+class Verdict(enum.StrEnum):
+    """What an interval says of a limit."""
+
+    REGRESSED = "regressed"
+    HELD = "held"
+    UNDECIDED = "undecided"
+
+
+def judge(ratio: Estimate, allowed: float) -> Verdict:
+    """Whether `ratio` exceeds 1 + `allowed`: decided only where the whole interval lies on one side."""
+    if ratio.interval is None:
+        return Verdict.UNDECIDED
+    low, high = ratio.interval
+    if low > 1 + allowed:
+        return Verdict.REGRESSED
+    return Verdict.HELD if high <= 1 + allowed else Verdict.UNDECIDED
 
 
 def summarize(samples: Sequence[float]) -> Summary:
@@ -72,7 +103,7 @@ def ratio_of_medians(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Ratio:
+) -> Estimate:
     """median(samples) / median(baseline), with a percentile bootstrap interval.
 
     Seeded, so that the same result file always prints the same interval. ValueError unless both sides have
@@ -84,20 +115,36 @@ def ratio_of_medians(
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
     value = median(samples) / median(baseline)
-    if min(len(samples), len(baseline)) < MIN_SAMPLES_FOR_INTERVAL:
-        return Ratio(value, None, confidence)
-
-    rng = random.Random(seed)  # noqa: S311 - statistics, not cryptography
-    ratios = sorted(
-        _resampled_median(rng, samples) / _resampled_median(rng, baseline) for _ in range(resamples)
-    )
-    tail = (1 - confidence) / 2
-    last = resamples - 1
-    return Ratio(value, (ratios[math.floor(tail * last)], ratios[math.ceil((1 - tail) * last)]), confidence)
+    runs = min(len(samples), len(baseline))
+    interval: tuple[float, float] | None = None
+    if runs >= MIN_SAMPLES_FOR_95_PERCENT:
+        rng = random.Random(seed)  # noqa: S311 - statistics, not cryptography
+        ratios = sorted(
+            _resampled_median(rng, samples) / _resampled_median(rng, baseline) for _ in range(resamples)
+        )
+        tail = (1 - confidence) / 2
+        last = resamples - 1
+        interval = ratios[math.floor(tail * last)], ratios[math.ceil((1 - tail) * last)]
+    elif runs >= MIN_SAMPLES_FOR_INTERVAL:
+        interval = min(samples) / max(baseline), max(samples) / min(baseline)
+    return Estimate(value, interval, confidence, runs)
 
 
 def _resampled_median(rng: random.Random, samples: Sequence[float]) -> float:
     return median(rng.choices(samples, k=len(samples)))
+
+
+def median_with_interval(samples: Sequence[float]) -> Estimate:
+    """The median as a ratio to exactly 1. ValueError as for `ratio_of_medians`."""
+    return ratio_of_medians(samples, [1.0] * len(samples))
+
+
+def precise_enough(estimates: Sequence[Estimate], until: float) -> bool:
+    """Whether every interval is a bootstrap interval and reaches at most `until`, a share, to either side."""
+    return all(
+        estimate.runs >= MIN_SAMPLES_FOR_95_PERCENT and (estimate.half_width or 0.0) <= until
+        for estimate in estimates
+    )
 
 
 def outliers(samples: Sequence[float]) -> tuple[int, ...]:
@@ -125,4 +172,18 @@ def outlier_note(samples: Sequence[float]) -> str | None:
     return (
         f"far from the median of {middle:.2f} s: {listed}; something else probably used this machine: "
         "stop it and measure again, or raise --runs."
+    )
+
+
+def noise_note(samples: Sequence[float]) -> str | None:
+    """That the runs scatter, and the remedy, in a sentence, or None. `samples`: seconds."""
+    if len(samples) < MIN_SAMPLES_FOR_INTERVAL:
+        return None
+    found = summarize(samples)
+    share = found.iqr / found.median
+    if share <= _NOISE_SHARE:
+        return None
+    return (
+        f"noisy: the middle half of the runs spreads over {share:.0%} of the median; stop what else uses "
+        "this machine, or pass --until 5% to run until the interval is narrow."
     )

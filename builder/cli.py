@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 import os
 import shlex
 import signal
@@ -17,14 +18,24 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from builder import __version__
-from builder.errors import BuildError, ColdstartError, HostError, InputError, VerifyError
+from builder.errors import (
+    BuildError,
+    ColdstartError,
+    HostError,
+    InputError,
+    RegressionError,
+    VerifyError,
+)
 
 if TYPE_CHECKING:
+    from benchmarks.outputs import FileBaseline, Outputs
+    from benchmarks.schema import BenchResult
     from builder.console import ConsoleReporter
     from builder.plan import BuildPlan
     from builder.spec import ImageSpec
 
 EXIT_INTERRUPTED = 130
+_MAX_RUNS = 30
 
 app = typer.Typer(
     name="coldstart",
@@ -36,6 +47,17 @@ app = typer.Typer(
 )
 base_app = typer.Typer(help="Make base images.", no_args_is_help=True)
 app.add_typer(base_app, name="base")
+
+
+class _RunByDefault(typer.core.TyperGroup):
+    """`bench IMAGE` is `bench run IMAGE`: what is no command's name is the first one's argument."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args if args and args[0] in self.commands else ["run", *args])
+
+
+bench_app = typer.Typer(help="Start images in turn and time every phase.", cls=_RunByDefault)
+app.add_typer(bench_app, name="bench")
 
 ModelArgument = Annotated[
     str | None, typer.Argument(help="A folder, or a hub name such as Qwen/Qwen3-8B[@revision].")
@@ -280,44 +302,232 @@ def verify(
         raise VerifyError(f"{image} does not hold: {', '.join(failed)}", fix="Build it again.")
 
 
-@app.command()
+def _share(text: str) -> float:
+    """5% -> 0.05"""
+    try:
+        share = float(text.removesuffix("%")) / 100
+    except ValueError:
+        share = -1.0
+    if not text.endswith("%") or not 0 < share < math.inf:
+        raise InputError(f"{text} is not a percentage", fix="Give one such as 5%.")
+    return share
+
+
+HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")]
+SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this file.")]
+PngFile = Annotated[
+    Path | None, typer.Option("--png", help="Write the drawing to this file; needs coldstart[png].")
+]
+MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a README.")]
+Baseline = Annotated[
+    str | None, typer.Option(help="Compare with this image, or with a file that --json wrote.")
+]
+MaxRegression = Annotated[
+    float | None,
+    typer.Option(
+        parser=_share, metavar="PERCENT", help="Exit with 7 if surely slower than --baseline by more."
+    ),
+]
+
+
+@bench_app.command("run")
 def bench(
     images: Annotated[
         list[str] | None, typer.Argument(help="Images to start; default: the one built last.")
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Starts of each image.")] = 3,
+    runs: Annotated[int, typer.Option(min=1, help="Starts of each image, at least.")] = 3,
+    until: Annotated[
+        float | None,
+        typer.Option(
+            parser=_share, metavar="PERCENT", help="Go on until the interval is this narrow to either side."
+        ),
+    ] = None,
+    max_runs: Annotated[
+        int | None, typer.Option(min=1, help="Starts of each image, at most, with --until [30].")
+    ] = None,
+    baseline: Baseline = None,
+    max_regression: MaxRegression = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
+    markdown: MarkdownFile = None,
 ) -> None:
-    """Start images in turn and time every phase, to the first token."""
+    """Start images in turn and time every phase, to the first token.
+
+    Also: `coldstart bench report FILE` shows a file that --json wrote; `coldstart bench history FOLDER` shows
+    several over time.
+    """
+    from rich.console import Console
+
     from benchmarks.docker_host import DockerHost
     from benchmarks.harness import run_benchmark
-    from benchmarks.report import comparison
+    from benchmarks.live import LiveView
+    from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
+    from benchmarks.stats import precise_enough
+    from benchmarks.summary import estimates
     from builder import build as pipeline
     from builder.docker_engine import DockerEngine
 
     chosen = images or [tag for tag in (pipeline.last_built(),) if tag]
     if not chosen:
         raise InputError("no image given, and none was built here yet", fix="Name an image.")
-    if json_file and not json_file.parent.is_dir():
-        raise InputError(f"{json_file.parent} is not a folder", fix="Give --json a path in one that exists.")
+    outputs = Outputs(html, svg, png, markdown)
+    outputs.check()
+    if json_file:
+        check_folder(json_file)
+    earlier = file_baseline(Path(baseline), chosen) if baseline and Path(baseline).is_file() else None
+    if baseline and not earlier:
+        chosen = [baseline, *(image for image in chosen if image != baseline)]
+    _check_regression(max_regression, baseline, len(chosen) + bool(earlier))
+    _check_until(until, max_runs, earlier)
     engine = DockerEngine()
+    live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 
-    def save(result: Any) -> None:
+    def save(result: BenchResult) -> None:
         if json_file:
-            part = json_file.with_name(json_file.name + ".part")
-            part.write_text(result.model_dump_json(indent=1) + "\n")
-            part.replace(json_file)
+            write_whole(json_file, (result.model_dump_json(indent=1) + "\n").encode())
+
+    def enough(result: BenchResult) -> bool:
+        shown = earlier.put_first(result) if earlier else result
+        return until is not None and precise_enough(estimates(shown), until)
 
     result = run_benchmark(
-        DockerHost(engine), chosen, runs, reporter=_reporter(), save=save, engine_version=engine.version
+        DockerHost(engine),
+        chosen,
+        runs,
+        reporter=live or _reporter(),
+        save=save,
+        until=until,
+        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
+        enough=enough,
+        watcher=live,
+        engine_version=engine.version,
     )
-    from rich.console import Console
-
-    Console().print(comparison(result))
+    _show_result(result, earlier, max_regression, outputs)
     if json_file:
         typer.echo(f"raw samples: {json_file}")
+    _fail_if_worse(result, earlier, max_regression)
+
+
+@bench_app.command("report")
+def bench_report(
+    file: Annotated[Path, typer.Argument(help="What `coldstart bench --json` wrote.")],
+    baseline: Annotated[str | None, typer.Option(help="Compare with this file.")] = None,
+    max_regression: MaxRegression = None,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
+    markdown: MarkdownFile = None,
+) -> None:
+    """Show a result again, in any form, without starting anything."""
+    from benchmarks.outputs import Outputs, file_baseline
+    from benchmarks.schema import read_result
+
+    outputs = Outputs(html, svg, png, markdown)
+    outputs.check()
+    result = read_result(file)
+    references = [image.reference for image in result.images]
+    earlier = file_baseline(Path(baseline), references) if baseline else None
+    _check_regression(max_regression, baseline, len(references) + bool(earlier))
+    _show_result(result, earlier, max_regression, outputs)
+    _fail_if_worse(result, earlier, max_regression)
+
+
+@bench_app.command("history")
+def bench_history(
+    folder: Annotated[Path, typer.Argument(help="A folder of files that `coldstart bench --json` wrote.")],
+    max_regression: Annotated[
+        float | None,
+        typer.Option(parser=_share, metavar="PERCENT", help="Mark what is surely slower by more [5%]."),
+    ] = None,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
+) -> None:
+    """Show results over time; mark where an image got slower."""
+    from rich.console import Console
+
+    from benchmarks import history
+    from benchmarks.outputs import Outputs, write_whole
+    from benchmarks.svg import png as draw_png
+
+    outputs = Outputs(html, svg, png)
+    outputs.check()
+    results, skipped = history.read_folder(folder)
+    lines = history.series(results, max_regression or history.ALLOWED)
+    Console().print(history.table(lines))
+    for name in skipped:
+        typer.echo(f"{name} is not a result of coldstart bench")
+    if html:
+        write_whole(html, history.page(lines, skipped).encode())
+    if svg or png:
+        drawing = history.svg(lines)
+        if svg:
+            write_whole(svg, drawing.encode())
+        if png:
+            write_whole(png, draw_png(drawing))
+
+
+def _check_until(until: float | None, max_runs: int | None, earlier: FileBaseline | None) -> None:
+    """Refuses what could only end at --max-runs, after all of it."""
+    from benchmarks.stats import MIN_SAMPLES_FOR_95_PERCENT as NEEDED
+
+    if until is None:
+        if max_runs is not None:
+            raise InputError("--max-runs is for --until", fix="Give --runs, or both.")
+        return
+    for source, runs in (
+        ("--max-runs allows", max_runs),
+        ("the baseline holds", earlier.runs if earlier else None),
+    ):
+        if runs is not None and runs < NEEDED:
+            raise InputError(
+                f"--until cannot be reached: {source} {runs} runs",
+                why=f"An interval needs {NEEDED} on each side.",
+                fix="Allow more runs, give --baseline the image, or leave out --until.",
+            )
+
+
+def _check_regression(allowed: float | None, baseline: str | None, images: int) -> None:
+    if allowed is not None and (not baseline or images < 2):
+        raise InputError(
+            "--max-regression has nothing to compare",
+            fix="Give --baseline an image, or a file that --json wrote, and another image.",
+        )
+
+
+def _show_result(
+    result: BenchResult, earlier: FileBaseline | None, allowed: float | None, outputs: Outputs
+) -> None:
+    from rich.console import Console
+
+    from benchmarks.report import comparison
+    from benchmarks.summary import decide
+
+    shown = earlier.put_first(result) if earlier else result
+    notes = earlier.lines(result) if earlier else []
+    if allowed is not None:
+        notes += [decision.sentence for decision in decide(shown, allowed)]
+    Console().print(comparison(shown, notes))
+    for path in outputs.write(shown, notes):
+        typer.echo(f"written: {path}")
+
+
+def _fail_if_worse(result: BenchResult, earlier: FileBaseline | None, allowed: float | None) -> None:
+    from benchmarks.stats import Verdict
+    from benchmarks.summary import decide
+
     if any(not run.ok for run in result.runs):
         raise VerifyError("some starts failed", fix="Their reasons stand above and in the raw samples.")
+    if allowed is None:
+        return
+    shown = earlier.put_first(result) if earlier else result
+    worse = [d.sentence for d in decide(shown, allowed) if d.verdict is Verdict.REGRESSED]
+    if worse:
+        raise RegressionError(
+            "starts got slower", why=" ".join(worse), fix="Compare the phases above with the baseline's."
+        )
 
 
 @app.command()

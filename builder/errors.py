@@ -48,3 +48,9 @@ class VerifyError(ColdstartError):
     """A finished image or a measured run does not hold what it must."""
 
     exit_code = 6
+
+
+class RegressionError(ColdstartError):
+    """An image starts slower than its baseline, by more than was allowed."""
+
+    exit_code = 7

@@ -1,4 +1,7 @@
-"""BuildPlan -> Dockerfile text and the list of context files. Pure but for reading templates/."""
+"""BuildPlan -> Dockerfile text and the list of context files. Pure but for reading templates/.
+
+Also the one Jinja environment: what else is rendered from templates/ goes through `render_page`.
+"""
 
 from __future__ import annotations
 
@@ -79,6 +82,11 @@ def render_base_cpu(**variables: object) -> str:
     return _template("base-cpu.Dockerfile.j2").render(**variables)
 
 
+def render_page(template: str, **variables: object) -> str:
+    """An HTML page; every value is escaped."""
+    return _template(template).render(**variables)
+
+
 def _runtime_files() -> list[Path]:
     import runtime
 
@@ -97,7 +105,8 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # noqa: S701 - Dockerfiles, not HTML; every value goes through a quoting filter
+        # Dockerfiles are no HTML; every value in them goes through a quoting filter.
+        autoescape=jinja2.select_autoescape(("html.j2",), default=False, default_for_string=False),
     )
     environment.filters.update(quote=dockerfile_string, exec_form=exec_form, q=shlex.quote)
     return environment

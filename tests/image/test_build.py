@@ -419,12 +419,22 @@ def test_ctrl_c_while_benchmarking_leaves_no_container(plain: Any, tmp_path: Pat
 
 
 def test_bench_times_both_images_and_keeps_raw_samples(plain: Any, awq: Any, tmp_path: Path) -> None:
-    path = tmp_path / "bench.json"
-    done = coldstart("bench", plain["tag"], awq["tag"], "--runs", "1", "--json", str(path))
+    path, page = tmp_path / "bench.json", tmp_path / "bench.html"
+    baseline = ("--baseline", plain["tag"], "--max-regression", "10%")
+    done = coldstart("bench", awq["tag"], *baseline, "--runs", "1", "--json", str(path), "--html", str(page))
     assert done.code == 0, done.out + done.err
-    for words in ("weight_load", "engine_import", "unattributed", "first token"):
+    for words in (
+        "weight_load",
+        "engine_import",
+        "unattributed",
+        "first token",
+        "imports are",
+        "not decided",
+    ):
         assert words in done.out
     result = json.loads(path.read_text())
+    assert [image["reference"] for image in result["images"]] == [plain["tag"], awq["tag"]]
+    assert all(image["reference"] in page.read_text() for image in result["images"])
     assert [run["ok"] for run in result["runs"]] == [True, True]
     for run in result["runs"]:
         assert run["total_seconds"] > 0

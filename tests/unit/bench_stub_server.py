@@ -32,6 +32,7 @@ PLAN: dict[str, Any] = {
     **json.loads(sys.argv[1]),
 }
 EVENTS = [("server_bind", 0.0, 0.02), ("engine_import", 0.01, 0.06), ("weight_load", 0.05, 0.09)]
+STARTING = b'{"error": {"code": "starting", "phase": "engine_import"}}'
 TOKENS = ["", " Paris", "."]
 
 
@@ -57,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/models":
             status = 200 if ready() else PLAN["models_status"]
             listed = json.dumps({"object": "list", "data": [{"id": "stub"}]})
-            self.reply(status, (PLAN["models"] or listed).encode() if status == 200 else b"{}")
+            self.reply(status, (PLAN["models"] or listed).encode() if status == 200 else STARTING)
         elif self.path == "/startup" and PLAN["startup"] != "missing":
             body = startup_report() if PLAN["startup"] == "report" else PLAN["startup"].encode()
             self.reply(200 if ready() else 503, body)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import subprocess
@@ -14,14 +13,12 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from rich.console import Console
 
 from benchmarks.harness import describe_machine, interleave, run_benchmark
-from benchmarks.report import comparison, markdown_table, phase_rows, phase_table, short_names, summary_lines
-from benchmarks.schema import BenchResult, ImageFacts, Run, Workload
+from benchmarks.schema import BenchResult, ImageFacts, Run
 from builder.errors import HostError, InputError
 from builder.report import SilentReporter
-from runtime.phases import Phase, PhaseEvent
+from runtime.phases import Phase
 
 STUB = Path(__file__).with_name("bench_stub_server.py")
 REPORTED_SECONDS = {Phase.SERVER_BIND: 0.02, Phase.ENGINE_IMPORT: 0.05, Phase.WEIGHT_LOAD: 0.04}
@@ -366,6 +363,48 @@ def test_images_take_turns() -> None:
     assert interleave("AB", 3) == [("A", 0), ("B", 0), ("B", 1), ("A", 1), ("A", 2), ("B", 2)]
 
 
+def test_more_runs_follow_until_they_are_enough_in_whole_rounds() -> None:
+    asked: list[int] = []
+
+    def enough(result: BenchResult) -> bool:
+        asked.append(len(result.runs))
+        return len(result.runs) >= 4
+
+    result = bench(StubHost(a={}, b={}), "a", "b", runs=1, until=0.05, max_runs=3, enough=enough)
+    assert asked == [2, 4]
+    assert [run.image for run in result.runs] == ["a", "b", "b", "a"]
+    assert (result.runs_per_image, result.until, result.max_runs_per_image) == (1, 0.05, 3)
+
+
+def test_runs_end_at_the_most_that_is_allowed() -> None:
+    assert len(bench(StubHost(a={}), "a", runs=1, max_runs=2).runs) == 2
+
+
+def test_fewer_runs_at_most_than_at_least_are_refused() -> None:
+    with pytest.raises(InputError, match="fewer"):
+        bench(StubHost(a={}), "a", runs=3, max_runs=2)
+
+
+def test_a_watcher_sees_each_run_and_the_phase_that_the_image_tells() -> None:
+    class Seen:
+        def __init__(self) -> None:
+            self.all: list[object] = []
+
+        def begin(self, image: str) -> None:
+            self.all.append(image)
+
+        def poll(self, phase: Phase | None) -> None:
+            if phase != self.all[-1]:
+                self.all.append(phase)
+
+        def end(self, run: Run) -> None:
+            self.all.append(run)
+
+    seen = Seen()
+    result = bench(StubHost(a={}), "a", watcher=seen)
+    assert seen.all == ["a", Phase.ENGINE_IMPORT, *result.runs]
+
+
 @pytest.fixture(scope="module")
 def pair() -> tuple[BenchResult, list[BenchResult]]:
     """Two runs of ours and of a foreign image, and everything that was saved on the way."""
@@ -396,7 +435,6 @@ def test_the_result_file_reads_back_as_it_was(pair: tuple[BenchResult, list[Benc
     result, _ = pair
     text = result.model_dump_json(indent=2)
     assert BenchResult.model_validate_json(text) == result
-    assert json.loads(text)["page_cache"] == "not controlled"
     assert json.loads(text)["runs"][0]["phases"][0]["phase"] == "container_start"
 
 
@@ -420,182 +458,3 @@ def test_the_machine_is_described() -> None:
     assert machine.memory > 1 << 20
     assert machine.cpu_model
     assert machine.docker_engine == "20.10.24"
-
-
-# The report, on a result with known numbers
-
-
-def known_run(image: str, order: int, total: float, *, runtime: bool = True, t0: float = 1000.0) -> Run:
-    """Container start 1 s; import [1, 3]; weights [2, 4]; nothing [4, total - 0.5]; first token 0.5 s."""
-    end = t0 + total
-    events = [
-        PhaseEvent(Phase.READY, end - 0.5, end - 0.5, "client", 7),
-        PhaseEvent(Phase.FIRST_TOKEN, end - 0.5, end, "client", 7),
-    ]
-    if runtime:
-        events = [
-            PhaseEvent(Phase.CONTAINER_START, t0, t0 + 1, "client", 7),
-            PhaseEvent(Phase.ENGINE_IMPORT, t0 + 1, t0 + 3, "api", 1),
-            PhaseEvent(Phase.WEIGHT_LOAD, t0 + 2, t0 + 4, "engine_core", 2),
-            *events,
-        ]
-    return Run(
-        image=image,
-        index=order // 2,
-        order=order,
-        ok=True,
-        created_at=t0,
-        ready_seconds=total - 0.5,
-        total_seconds=total,
-        unattributed_seconds=total - (4.5 if runtime else 0.5),
-        phases=tuple(events),
-        phases_from="runtime" if runtime else "client",
-        answer=" Paris.",
-        exit_code=0,
-    )
-
-
-def known_result(*runs: Run, images: tuple[str, ...] = ("ours:awq", "stock[1]")) -> BenchResult:
-    return BenchResult.model_validate(
-        {
-            "created": "2026-01-02T03:04:05Z",
-            "machine": {
-                "cpu_model": "Test CPU",
-                "cores": 2,
-                "memory": 24 << 30,
-                "kernel": "6.1",
-                "platform": "Linux x86_64",
-                "docker_engine": "20.10",
-            },
-            "workload": Workload(),
-            "images": [ImageFacts(image, "sha256:1", 1) for image in images],
-            "runs_per_image": max(1, len(runs) // len(images)),
-            "runs": runs,
-        }
-    )
-
-
-def compared(runs: int) -> BenchResult:
-    ours = [known_run("ours:awq", 2 * i, 5.0 + i) for i in range(runs)]
-    stock = [known_run("stock[1]", 2 * i + 1, 10.0 + 2 * i, runtime=False) for i in range(runs)]
-    return known_result(*ours, *stock)
-
-
-def shown(renderable: object, width: int = 100) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(renderable)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def test_rows_are_phases_in_order_then_unattributed_and_totals() -> None:
-    rows = {row.name: [cell and cell.median for cell in row.cells] for row in phase_rows(compared(3))}
-    assert list(rows.items()) == [
-        ("container_start", [1.0, None]),
-        ("engine_import", [2.0, None]),
-        ("weight_load", [2.0, None]),
-        ("first_token", [0.5, 0.5]),
-        ("unattributed", [1.5, 11.5]),
-        ("ready (total)", [5.5, 11.5]),
-        ("first token (total)", [6.0, 12.0]),
-    ]
-
-
-def test_a_phase_that_one_run_lacks_took_no_time_in_it() -> None:
-    without = known_run("a", 2, 6.0)
-    without = without.model_copy(
-        update={"phases": tuple(e for e in without.phases if e.phase != Phase.WEIGHT_LOAD)}
-    )
-    rows = {r.name: r for r in phase_rows(known_result(known_run("a", 0, 6.0), without, images=("a",)))}
-    assert rows["weight_load"].cells[0] is not None
-    assert rows["weight_load"].cells[0].median == 1.0
-
-
-def test_a_run_whose_phases_could_not_be_read_does_not_count_as_zero() -> None:
-    blind = known_run("a", 2, 6.0, runtime=False)
-    rows = {r.name: r for r in phase_rows(known_result(known_run("a", 0, 6.0), blind, images=("a",)))}
-    assert rows["engine_import"].cells[0] is not None
-    assert rows["engine_import"].cells[0].median == 2.0
-
-
-@pytest.mark.parametrize("width", [60, 80, 140])
-def test_the_table_shows_every_number_at_any_width(width: int) -> None:
-    text = shown(phase_table(compared(3)), width)
-    assert all(len(line) <= width for line in text.splitlines())
-    assert all(number in text for number in ("6.00", "(5.50-6.50)", "12.00", "(11.00-13.00)"))
-    assert "overlap; they do not add up" in " ".join(text.split())
-    assert "stock[1]" in text
-
-
-def test_names_are_short_where_they_stay_distinct() -> None:
-    apart = known_result(images=("reg:5000/team/a:1", "other/b:1"))
-    alike = known_result(images=("reg:5000/a:1", "other/a:1"))
-    assert list(short_names(apart).values()) == ["a:1", "b:1"]
-    assert list(short_names(alike).values()) == ["reg:5000/a:1", "other/a:1"]
-
-
-def test_ratio_has_an_interval_and_says_that_few_runs_narrow_it() -> None:
-    (line,) = (line for line in summary_lines(compared(3)) if "times as long" in line)
-    assert line.startswith("stock[1] takes 2.00 times as long as ours:awq to the first token (95% bootstrap")
-    assert "fewer than 6 runs" in line
-
-
-def test_two_runs_have_a_ratio_without_an_interval() -> None:
-    (line,) = (line for line in summary_lines(compared(2)) if "times as long" in line)
-    assert "would not be meaningful" in line
-
-
-def test_the_summary_says_what_where_and_how_often() -> None:
-    text = "\n".join(summary_lines(compared(3)))
-    assert "Compared: ours:awq and stock[1], each started 3 times, in turn; none failed" in text
-    assert "page cache not controlled" in text
-    assert "Test CPU, 2 cores, 24 GiB, Linux x86_64, kernel 6.1, Docker Engine 20.10" in text
-    assert "same answer" in text
-
-
-def test_differing_answers_of_one_image_are_told() -> None:
-    odd = known_run("a", 2, 6.0).model_copy(update={"answer": " Rome."})
-    text = "\n".join(summary_lines(known_result(known_run("a", 0, 6.0), odd, images=("a",))))
-    assert "differ between runs of a" in text
-
-
-def test_the_waterfall_shows_the_median_run_with_every_event() -> None:
-    text = shown(comparison(compared(3)), 80)
-    assert "ours:awq, run 2 (the median): 6.00 s to the first token" in text
-    bars = text.split("(the median)")[1]
-    assert all(name in bars for name in ("container_start", "engine_import api", "weight_load engine_core"))
-    assert "█" in bars
-    assert "unattributed" in bars
-    assert all(len(line) <= 80 for line in text.splitlines())
-
-
-def test_failed_runs_are_reported_with_reason_and_log() -> None:
-    failed = Run(
-        image="a", index=1, order=1, ok=False, error="It [died].", created_at=1.0, log_tail="x\nlast [line]"
-    )
-    text = shown(comparison(known_result(known_run("a", 0, 6.0), failed, images=("a",))))
-    assert "a, run 2 failed: It [died]." in text
-    assert "last [line]" in text
-    assert "1 of 2 runs failed" in text
-
-
-def test_an_image_whose_runs_all_failed_still_has_a_report() -> None:
-    failed = Run(image="b", index=0, order=1, ok=False, error="No.", created_at=1.0)
-    result = known_result(known_run("a", 0, 6.0), failed, images=("a", "b"))
-    assert "b: no run reached its first token." in shown(comparison(result))
-    assert "| **first token (total)** | 6.00 | – |" in markdown_table(result)  # noqa: RUF001
-
-
-def test_the_markdown_table_has_a_column_per_image() -> None:
-    lines = markdown_table(compared(3)).splitlines()
-    assert lines[0] == "| phase, seconds | `ours:awq` | `stock[1]` |"
-    assert lines[1] == "|---|---:|---:|"
-    assert "| **first token (total)** | 6.00 (5.50-6.50) | 12.00 (11.00-13.00) |" in lines
-    assert any("Test CPU" in line for line in lines)
-
-
-def test_the_first_run_reading_from_disk_is_pointed_out() -> None:
-    totals = [30.0, 6.0, 6.1, 5.9]
-    runs = [known_run("a", 2 * i, total) for i, total in enumerate(totals)]
-    text = "\n".join(summary_lines(known_result(*runs, images=("a",))))
-    assert "a: the first measured run took 30.00 s" in text

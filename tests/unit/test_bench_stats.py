@@ -7,7 +7,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.stats import outlier_note, outliers, ratio_of_medians, summarize
+from benchmarks.stats import (
+    Estimate,
+    Verdict,
+    judge,
+    median_with_interval,
+    noise_note,
+    outlier_note,
+    outliers,
+    precise_enough,
+    ratio_of_medians,
+    summarize,
+)
 
 seconds = st.floats(min_value=0.01, max_value=1000, allow_nan=False)
 samples = st.lists(seconds, min_size=1, max_size=12)
@@ -135,3 +146,62 @@ def test_ordinary_noise_is_no_outlier(calm: list[float]) -> None:
 
 def test_a_far_run_among_equal_ones_is_an_outlier() -> None:
     assert outliers([10.0, 10.0, 10.0, 20.0]) == (3,)
+
+
+def test_interval_of_three_to_five_runs_is_all_that_was_seen() -> None:
+    found = ratio_of_medians([8.0, 10.0, 12.0], [4.0, 5.0, 6.0, 5.0])
+    assert (found.value, found.runs) == (2.0, 3)
+    assert found.interval == (8 / 6, 12 / 4)
+
+
+def test_interval_of_many_runs_is_narrower_than_all_that_was_seen() -> None:
+    a = [9.0, 9.8, 9.9, 10.0, 10.0, 10.1, 10.2, 11.0]
+    interval = ratio_of_medians(a, a).interval
+    assert interval is not None
+    assert 9 / 11 < interval[0] < 1 < interval[1] < 11 / 9
+
+
+def test_median_with_interval_is_in_the_unit_of_the_samples() -> None:
+    found = median_with_interval([9.0, 10.0, 11.0])
+    assert (found.value, found.interval) == (10.0, (9.0, 11.0))
+    assert found.half_width == 0.1
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((1.11, 1.30), Verdict.REGRESSED),
+        ((1.10, 1.30), Verdict.UNDECIDED),
+        ((0.90, 1.11), Verdict.UNDECIDED),
+        ((1.02, 1.10), Verdict.HELD),
+        ((0.80, 0.90), Verdict.HELD),
+        (None, Verdict.UNDECIDED),
+    ],
+)
+def test_a_limit_is_decided_only_by_a_whole_interval(
+    interval: tuple[float, float] | None, verdict: Verdict
+) -> None:
+    assert judge(Estimate(1.2, interval, 0.95, 9), allowed=0.10) is verdict
+
+
+def test_three_runs_decide_only_when_all_are_beyond_the_limit() -> None:
+    base = [10.0, 10.1, 9.9]
+    assert judge(ratio_of_medians([12.0, 12.1, 12.2], base), 0.1) is Verdict.REGRESSED
+    assert judge(ratio_of_medians([12.0, 12.1, 11.0], base), 0.1) is Verdict.UNDECIDED
+
+
+def test_until_wants_six_runs_and_every_interval_narrow() -> None:
+    narrow, wide = Estimate(1.0, (0.96, 1.04), 0.95, 6), Estimate(1.0, (0.9, 1.1), 0.95, 6)
+    lucky = Estimate(1.0, (1.0, 1.0), 0.95, 5)
+    assert precise_enough([narrow, narrow], 0.05)
+    assert not precise_enough([narrow, wide], 0.05)
+    assert not precise_enough([lucky], 0.05)
+
+
+def test_scatter_is_noise_and_has_a_remedy() -> None:
+    note = noise_note([8.0, 9.0, 10.0, 11.0, 12.0])
+    assert note is not None
+    assert "20% of the median" in note
+    assert "--until 5%" in note
+    assert noise_note([9.8, 9.9, 10.0, 10.1, 10.2]) is None
+    assert noise_note([1.0, 9.0]) is None

@@ -21,6 +21,7 @@ _ONLY_IN = {
     "docker": {"builder/docker_engine.py"},
     "huggingface_hub": {"builder/hub.py"},
     "jinja2": {"builder/render.py"},
+    "resvg_py": {"benchmarks/svg.py"},
     "vllm": {"runtime/engine.py", "runtime/template.py"},
     "llmcompressor": {"builder/awq_job.py"},
 }

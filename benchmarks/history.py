@@ -1,0 +1,214 @@
+"""A folder of results -> series of medians over versions, with what got slower marked."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.layout import ticks
+from benchmarks.schema import BenchResult, Machine, Workload, read_result
+from benchmarks.stats import Estimate, Verdict, judge, median_with_interval, ratio_of_medians
+from benchmarks.summary import describe, totals
+from benchmarks.svg import HISTORY_HEIGHT, SERIES, WIDTH, Canvas
+from builder.errors import InputError
+from builder.render import render_page
+
+ALLOWED = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One image of one result. change: to the point before, None where the two cannot be compared.
+
+    seconds: the median, to the first token.
+    """
+
+    label: str
+    result: BenchResult
+    source: str
+    samples: tuple[float, ...]
+    change: Estimate | None
+    allowed: float
+
+    @property
+    def seconds(self) -> Estimate:
+        return median_with_interval(self.samples)
+
+    @property
+    def mark(self) -> str:
+        if self.change is None or self.change.interval is None:
+            return ""
+        if judge(self.change, self.allowed) is Verdict.REGRESSED:
+            return "regression"
+        return "improvement" if self.change.interval[1] < 1 / (1 + self.allowed) else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """What is one image over time, the oldest first."""
+
+    name: str
+    points: tuple[Point, ...]
+
+
+def read_folder(folder: Path) -> tuple[list[tuple[str, BenchResult]], list[str]]:
+    """(file name, result) by the time of measurement; and the JSON files that are no results."""
+    results, others = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            results.append((path.name, read_result(path)))
+        except InputError:
+            others.append(path.name)
+    if not results:
+        raise InputError(
+            f"{folder} holds no results",
+            why=f"{others[0]} is JSON of another form." if others else "It has no .json file.",
+            fix="Name a folder of files that `coldstart bench --json` wrote.",
+        )
+    return sorted(results, key=lambda item: item[1].created), others
+
+
+def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED) -> list[Series]:
+    """One series an image; its versions are the tags where no result holds two images of a repository.
+
+    Otherwise, as when tags tell variants apart, it is the whole reference. Points of different machines or
+    requests are not compared.
+    """
+    crowded = {
+        repository
+        for _, result in results
+        for repository, count in Counter(_split(image.reference)[0] for image in result.images).items()
+        if count > 1
+    }
+    points: dict[str, list[Point]] = {}
+    for source, result in results:
+        for image in result.images:
+            repository, tag = _split(image.reference)
+            samples = tuple(totals(result, image.reference))
+            if not samples:
+                continue
+            line = points.setdefault(image.reference if repository in crowded else repository, [])
+            label = f"{result.created:%Y-%m-%d}" if repository in crowded or not tag else tag
+            comparable = line and _conditions(line[-1].result) == _conditions(result)
+            change = ratio_of_medians(samples, line[-1].samples) if comparable else None
+            line.append(Point(label, result, source, samples, change, allowed))
+    return [Series(name, tuple(line)) for name, line in points.items()]
+
+
+def _conditions(result: BenchResult) -> tuple[Machine, Workload]:
+    return result.machine.model_copy(update={"kernel": "", "docker_engine": None}), result.workload
+
+
+def _split(reference: str) -> tuple[str, str]:
+    """Repository and tag; a colon before a slash is a port."""
+    repository, colon, tag = reference.rpartition(":")
+    return (repository, tag) if colon and "/" not in tag else (reference, "")
+
+
+def marked(lines: Sequence[Series]) -> list[str]:
+    """A sentence for each regression and improvement."""
+    return [
+        f"{line.name} {point.label}: {point.mark}, {point.change.value:.2f} times the version before "
+        f"(interval {point.change.interval[0]:.2f} to {point.change.interval[1]:.2f}, {point.source})."
+        for line in lines
+        for point in line.points
+        if point.mark and point.change and point.change.interval
+    ]
+
+
+def table(lines: Sequence[Series]) -> RenderableType:
+    """One row a point: the median, its interval, and the change."""
+    parts: list[RenderableType] = []
+    longest = max(point.seconds.value for line in lines for point in line.points)
+    for line in lines:
+        grid = Table(box=box.SIMPLE_HEAD, title=Text(line.name, style="bold"), title_justify="left")
+        for name in ("version", "measured", "first token, s", "runs", "change"):
+            grid.add_column(
+                name, no_wrap=True, justify="left" if name in ("version", "measured") else "right"
+            )
+        grid.add_column("")
+        for point in line.points:
+            style = {"regression": "red", "improvement": "green"}.get(point.mark, "")
+            bar = "█" * max(1, round(10 * point.seconds.value / longest))
+            grid.add_row(*_cells(point), Text(f"{bar} {point.mark}", style=style))
+        parts.append(grid)
+    return Group(*parts, *(Text(sentence) for sentence in marked(lines)))
+
+
+def _cells(point: Point) -> list[str]:
+    found = point.seconds
+    spread = f" ({found.interval[0]:.2f}-{found.interval[1]:.2f})" if found.interval else ""
+    change = "" if point.change is None else f"{point.change.value:.2f}"
+    if point.change and point.change.interval:
+        change += f" ({point.change.interval[0]:.2f}-{point.change.interval[1]:.2f})"
+    measured = f"{point.result.created:%Y-%m-%d}"
+    return [point.label, measured, f"{found.value:.2f}{spread}", str(len(point.samples)), change]
+
+
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, WIDTH - 40.0, 64.0, HISTORY_HEIGHT - 64.0
+_LABELS = 12
+
+
+def svg(lines: Sequence[Series]) -> str:
+    """Medians with their intervals, one line a series; versions stand in the order they were measured."""
+    canvas = Canvas("Time to the first token, by version")
+    points = [point for line in lines for point in line.points]
+    labels = {point.result.created: point.label for point in reversed(points)}
+    moments = sorted(labels)
+    step = (_RIGHT - _LEFT) / (len(moments) - 1 or 1)
+    x = {at: _LEFT + step * i for i, at in enumerate(moments)}
+    highest = 1.08 * max((p.seconds.interval or (0, p.seconds.value))[1] for p in points)
+
+    def y(seconds: float) -> float:
+        return _BOTTOM - (_BOTTOM - _TOP) * seconds / highest
+
+    for tick in ticks(highest, most=6):
+        canvas.line([(_LEFT - 10, y(tick)), (_RIGHT + 10, y(tick))], "line")
+        canvas.text(_LEFT - 16, y(tick) + 4, f"{tick:g} s", size=11, color="muted", anchor="end")
+    for at in moments[:: -(-len(moments) // _LABELS)]:
+        canvas.text(x[at], _BOTTOM + 20, labels[at][:14], size=11, color="muted", anchor="middle")
+    legend = 20.0
+    for number, line in enumerate(lines):
+        color = canvas.color(f"series{number}", *SERIES[number % len(SERIES)])
+        canvas.rect(legend, 19, 11, 11, color)
+        canvas.text(legend + 16, 29, line.name, bold=True)
+        legend += 16 + len(line.name) * 7.5 + 20
+        canvas.line([(x[p.result.created], y(p.seconds.value)) for p in line.points], color, 2)
+        for point in line.points:
+            _draw(canvas, line, point, x[point.result.created], y, color)
+    told = "Medians to the first token with intervals. Red ring: regression; green ring: improvement."
+    canvas.text(20, HISTORY_HEIGHT - 16, told, size=11, color="muted")
+    return canvas.finish(HISTORY_HEIGHT)
+
+
+def _draw(
+    canvas: Canvas, line: Series, point: Point, x: float, y: Callable[[float], float], color: str
+) -> None:
+    here = y(point.seconds.value)
+    low, high = point.seconds.interval or (point.seconds.value, point.seconds.value)
+    canvas.line([(x, y(low)), (x, y(high))], color, 1.5)
+    tip = f"{line.name} {point.label}: {', '.join(cell for cell in _cells(point)[1:] if cell)}"
+    canvas.dot(x, here, 4, color, tip=tip)
+    if point.mark and point.change:
+        mark = "bad" if point.mark == "regression" else "good"
+        canvas.dot(x, here, 9, mark, ring=True)
+        above = min(y(high), here - 9) - 6
+        canvas.text(
+            x, above, f"{point.change.value:.2f} x", size=11.5, color=mark, bold=True, anchor="middle"
+        )
+
+
+def page(lines: Sequence[Series], skipped: Sequence[str] = ()) -> str:
+    """One self-contained HTML page: the plot and a table."""
+    machines = dict.fromkeys(describe(p.result.machine) for line in lines for p in line.points)
+    return render_page(
+        "history.html.j2", lines=lines, plot=svg(lines), cells=_cells, marked=marked(lines),
+        machines=list(machines), skipped=skipped,
+    )  # fmt: skip
