@@ -621,12 +621,12 @@ class _Reader:
         return data[:size]
 
 
-<<<<<<< HEAD
 def _entries(chunks: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     with tarfile.open(fileobj=cast(Any, _Reader(chunks)), mode="r|") as archive:
         for entry in archive:
             yield entry, archive.extractfile(entry) if entry.isfile() else None
-=======
+
+
 def parse_timed_log(text: str) -> list[tuple[float, str]]:
     """(epoch seconds, line) of each line that the engine stamped; only a line feed ends a line."""
     pairs = (line.split(" ", 1) for line in text.split("\n"))
@@ -637,7 +637,6 @@ def _epoch(stamp: str) -> float:
     """RFC 3339 with nanoseconds, in UTC, which datetime reads only up to microseconds."""
     whole, _, fraction = stamp.removesuffix("Z").partition(".")
     return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
->>>>>>> dfcb5a4 (bench measures any vLLM image, what each phase uses, and under verified cache states)
 
 
 def _name() -> str:
