@@ -1,14 +1,17 @@
 """Bake the weights, download them at start, or mount them: which reaches the first token sooner.
 
-A model of a start on a node that has nothing yet. Rates are bytes per second, sizes bytes.
+A model of a start, from a few rates. Rates are bytes per second, sizes bytes, times seconds.
 
-    t = pull(what the node lacks) / registry + unpack / disk + download / hub + read(weights) / disk + rest
+    t = (what the node lacks of the image) * (1 / registry + 1 / unpack) + weights / (hub or disk) + rest
+
+What was just pulled or downloaded is still in the page cache when it is read, and costs nothing more: true
+while the weights fit into memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from benchmarks.schema import Run
@@ -21,8 +24,7 @@ Way = Literal["bake", "download", "mount"]
 class Node:
     """registry, hub: what arrives; unpack: compressed layer bytes put on disk; disk: cold reads of weights.
 
-    base_cached: the layers without weights are on the node already. mount: reads from a volume that holds
-    the weights, disk's rate where it is None.
+    mount: reads from a volume that holds the weights, disk's rate where None. has: what the node has already.
     """
 
     registry: float
@@ -30,7 +32,7 @@ class Node:
     unpack: float
     disk: float
     mount: float | None = None
-    base_cached: bool = True
+    has: Literal["nothing", "base", "image"] = "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +50,15 @@ class Model:
 
 def seconds(way: Way, model: Model, node: Node) -> float:
     """Predicted seconds from the pull to the first token."""
-    pulled = (0 if node.base_cached else model.base) + (model.packed if way == "bake" else 0)
+    pulled = model.base if node.has == "nothing" else 0
+    if way == "bake" and node.has != "image":
+        pulled += model.packed
     total = pulled / node.registry + pulled / node.unpack + model.rest
-    if way == "download":  # written, and then still in the page cache when it is read
+    if way == "download":
         return total + model.weights / node.hub
-    rate = node.mount or node.disk
-    return total + (model.weights / rate if way == "mount" else 0.0)
+    if way == "mount":
+        return total + model.weights / (node.mount or node.disk)
+    return total + (model.weights / node.disk if node.has == "image" else 0.0)
 
 
 def best(model: Model, node: Node) -> tuple[Way, float]:
@@ -64,7 +69,8 @@ def best(model: Model, node: Node) -> tuple[Way, float]:
 def crossing(model: Model, node: Node) -> float | None:
     """The registry's rate from which baking is sooner than downloading; None where it never is.
 
-    bake = download:  packed / r + packed / unpack = weights / hub.
+    For a node that lacks the weights:
+        packed / rate + packed / unpack = weights / hub
     """
     spare = model.weights / node.hub - model.packed / node.unpack
     return model.packed / spare if spare > 0 else None
@@ -111,8 +117,3 @@ def error(predicted: float, runs: Iterable[Run]) -> float:
         raise ValueError("no run was measured")
     middle = totals[len(totals) // 2]
     return (predicted - middle) / middle
-
-
-def with_rates(node: Node, **given: float) -> Node:
-    """`node` with rates that the user gave instead of measuring them."""
-    return replace(node, **given)  # type: ignore[arg-type]
