@@ -10,11 +10,11 @@ while the weights fit into memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.schema import Run
+from benchmarks.schema import BenchResult, Run
 from runtime.phases import Phase
 
 Way = Literal["bake", "download", "mount"]
@@ -86,14 +86,19 @@ def rates_of(run: Run, weights: int) -> Node:
 
     weights: bytes that its weight_load read. Raises ValueError for a run without a pull.
     """
-    pulls = [event for event in run.phases if event.phase == Phase.IMAGE_PULL]
-    fetched = sum(event.resources.net_bytes or 0 for event in pulls if event.resources)
+    fetched = fetched_by(run)
     pull, unpack = _alone(run)
     if not fetched or not pull:
         raise ValueError("the run pulled nothing: measure with --pull")
     load = run.seconds_in(Phase.WEIGHT_LOAD)
     disk = weights / load if load else fetched / pull
     return Node(fetched / pull, fetched / pull, fetched / unpack if unpack else float("inf"), disk)
+
+
+def fetched_by(run: Run) -> int:
+    """Compressed bytes that its pull brought."""
+    pulls = (event.resources for event in run.phases if event.phase == Phase.IMAGE_PULL)
+    return sum(used.net_bytes or 0 for used in pulls if used)
 
 
 def rest_of(run: Run) -> float:
@@ -117,3 +122,48 @@ def error(predicted: float, runs: Iterable[Run]) -> float:
         raise ValueError("no run was measured")
     middle = totals[len(totals) // 2]
     return (predicted - middle) / middle
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the model says of one image; error: of its prediction for the pulled image, None if unchecked."""
+
+    image: str
+    model: Model
+    best: Way
+    seconds: dict[Way, float]
+    crossing: float | None
+    error: float | None
+
+
+def rows(result: BenchResult, weights: Sequence[int], given: dict[str, float]) -> tuple[Node, list[Row]]:
+    """One row an image. The first image's first pull gives the rates, and all other pulled runs check them.
+
+    weights: bytes of each image's weights, in the order of the images; given: rates of Node that replace the
+    measured ones. ValueError where an image has no successful run with a pull.
+    """
+    if len(weights) != len(result.images):
+        raise ValueError(f"{len(result.images)} images have {len(weights)} sizes of weights")
+    pulled = [
+        [run for run in result.measured(image.reference) if run.state.pulled] for image in result.images
+    ]
+    if not all(pulled):
+        raise ValueError("an image has no run with a pull: measure with --pull")
+    measured = rates_of(pulled[0][0], weights[0])
+    node = replace(measured, **given)  # type: ignore[arg-type]
+    found = []
+    for image, runs, size in zip(result.images, pulled, weights, strict=True):
+        model = Model(size, fetched_by(runs[0]), 0, rest_of(runs[0]))
+        others = runs[1:] or (runs if runs is not pulled[0] else [])
+        ways: tuple[Way, ...] = ("bake", "download", "mount")
+        found.append(
+            Row(
+                image.reference,
+                model,
+                best(model, node)[0],
+                {way: seconds(way, model, node) for way in ways},
+                crossing(model, node),
+                error(seconds("bake", model, measured), others) if others else None,
+            )
+        )
+    return node, found

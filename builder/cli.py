@@ -454,6 +454,45 @@ def bench_report(
     _fail_if_worse(result, earlier, max_regression)
 
 
+@bench_app.command("bake")
+def bench_bake(
+    file: Annotated[Path, typer.Argument(help="What `coldstart bench --pull --json` wrote.")],
+    weights: Annotated[list[float], typer.Option(help="MB of each image's weights; repeat it for each.")],
+    registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
+    hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
+    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [measured].")] = None,
+    mount: Annotated[float | None, typer.Option(help="MB/s of a mounted volume [the disk's].")] = None,
+) -> None:
+    """Bake, download or mount the weights: what reaches the first token sooner on such a node."""
+    from benchmarks import bake
+    from benchmarks.schema import read_result
+
+    rates = {"registry": registry, "hub": hub, "disk": disk, "mount": mount}
+    for name, rate in (*rates.items(), *(("weights", size) for size in weights)):
+        if rate is not None and rate <= 0:
+            raise InputError(f"--{name} {rate:g} is not a size or a rate", fix="Give more than 0.")
+    given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
+    try:
+        node, rows = bake.rows(read_result(file), [round(size * 1e6) for size in weights], given)
+    except ValueError as error:
+        raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
+    typer.echo(
+        f"MB/s: registry {node.registry / 1e6:.0f}, unpacking {node.unpack / 1e6:.0f}, "
+        f"hub {node.hub / 1e6:.0f}, disk {node.disk / 1e6:.0f}, mount {(node.mount or node.disk) / 1e6:.0f}"
+    )
+    for row in rows:
+        ways = ", ".join(f"{way} {took:.1f} s" for way, took in row.seconds.items())
+        typer.echo(f"{row.image}: {row.best} is soonest; {ways}")
+        if row.crossing is None:
+            typer.echo("  downloading is sooner at any rate of the registry")
+        else:
+            typer.echo(
+                f"  baking is sooner than downloading from {row.crossing / 1e6:.0f} MB/s of the registry on"
+            )
+        checked = "not checked: one pulled run" if row.error is None else f"{row.error:+.1%} of measured runs"
+        typer.echo(f"  error of the model: {checked}")
+
+
 @bench_app.command("history")
 def bench_history(
     folder: Annotated[Path, typer.Argument(help="A folder of files that `coldstart bench --json` wrote.")],

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from benchmarks import bake
-from benchmarks.schema import MeasuredPhase, Resources, Run
+from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Resources, Run, State, Workload
+from builder.cli import app
+from builder.errors import InputError
 from runtime.phases import Phase
 
 MB = 1_000_000
@@ -93,3 +98,46 @@ def test_a_run_without_a_pull_gives_no_rates() -> None:
     run = pulled()
     with pytest.raises(ValueError, match="--pull"):
         bake.rates_of(run.model_copy(update={"phases": run.phases[2:]}), weights=1)
+
+
+def result_of(*runs: Run) -> BenchResult:
+    names = dict.fromkeys(run.image for run in runs)
+    return BenchResult(
+        created=datetime(2026, 1, 2, tzinfo=UTC),
+        machine=Machine(cpu_model="x", cores=1, memory=1, kernel="6", platform="Linux"),
+        workload=Workload(),
+        images=tuple(ImageFacts(name, f"sha256:{name}", 1) for name in names),
+        runs_per_image=1,
+        runs=runs,
+    )
+
+
+def test_the_first_pull_gives_the_rates_and_the_other_runs_check_them() -> None:
+    first = pulled().model_copy(update={"state": State(pulled=True)})
+    slow = first.model_copy(update={"total_seconds": 31.25, "index": 1, "order": 1})
+    other = first.model_copy(update={"image": "b", "order": 2})
+    node, (a, b) = bake.rows(result_of(first, slow, other), [1000 * MB, 1000 * MB], {"hub": 10.0 * MB})
+    assert (node.registry, node.hub) == (pytest.approx(100 * MB), 10 * MB)
+    assert a.error == pytest.approx(-0.2)
+    assert b.error == pytest.approx(0.0)
+    assert a.best == "mount"
+    assert a.seconds["bake"] == pytest.approx(25.0)
+
+
+def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(result_of(pulled().model_copy(update={"state": State(pulled=True)})).model_dump_json())
+    command = ["bench", "bake", str(file), "--weights", "1000", "--hub", "50", "--mount", "1"]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    assert "a: bake is soonest; bake 25.0 s, download 33.0 s" in shown.output
+    assert "from 50 MB/s" in shown.output
+    with pytest.raises(InputError, match="more than 0|not a size"):
+        CliRunner().invoke(app, [*command, "--hub", "0"], catch_exceptions=False)
+
+
+def test_a_result_without_pulls_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(result_of(pulled()).model_dump_json())
+    with pytest.raises(InputError, match="--pull"):
+        CliRunner().invoke(app, ["bench", "bake", str(file), "--weights", "1"], catch_exceptions=False)
