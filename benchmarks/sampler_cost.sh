@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What sampling costs: the same image under two names is started in turn with the sampler on, then off.
+# What sampling costs: an image is started in pairs, once with the sampler on and once off.
 # usage: benchmarks/sampler_cost.sh IMAGE [RUNS]; on a quiet machine.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
