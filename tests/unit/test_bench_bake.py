@@ -117,7 +117,7 @@ def test_the_first_pull_gives_the_rates_and_the_other_runs_check_them() -> None:
     slow = first.model_copy(update={"total_seconds": 31.25, "index": 1, "order": 1})
     other = first.model_copy(update={"image": "b", "order": 2})
     node, (a, b) = bake.rows(result_of(first, slow, other), [1000 * MB, 1000 * MB], {"hub": 10.0 * MB})
-    assert (node.registry, node.hub) == (pytest.approx(100 * MB), 10 * MB)
+    assert (node.registry, node.hub) == pytest.approx((100 * MB, 10 * MB))
     assert a.error == pytest.approx(-0.2)
     assert b.error == pytest.approx(0.0)
     assert a.best == "mount"

@@ -174,7 +174,7 @@ class PullHost(StubHost):
     """The registry holds what it is told to; `answer` is what a pull does."""
 
     def __init__(self, messages: Any, **plans: dict[str, Any]) -> None:
-        super().__init__(**plans)
+        super().__init__(StubContainer, **plans)
         self.messages, self.removed = messages, list[str]()
         self.confirmed = True
 

@@ -64,7 +64,7 @@ def test_weights_are_loaded_from_the_first_line_about_them_to_the_last() -> None
 
 
 def test_every_phase_of_a_start_is_found_in_order() -> None:
-    first = {}
+    first: dict[Phase, float] = {}
     for event in read().phases:
         first[event.phase] = min(event.start, first.get(event.phase, event.start))
     assert sorted(first, key=lambda phase: first[phase]) == [
