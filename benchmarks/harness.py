@@ -11,17 +11,28 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-
-from benchmarks import client
-from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Run, Workload
+from benchmarks import client, page_cache
+from benchmarks.adapters import Report, Seen, adapters
+from benchmarks.pull import Pull
+from benchmarks.sampler import Sampler
+from benchmarks.schema import (
+    BenchResult,
+    Cache,
+    ImageFacts,
+    Machine,
+    MeasuredPhase,
+    Run,
+    State,
+    Workload,
+)
 from builder.errors import ColdstartError, InputError, VerifyError
 from builder.report import Reporter, Task
 from runtime.phases import Phase, covered_seconds, now
@@ -43,10 +54,15 @@ _POLL_BUSY_SHARE = 0.2
 _LIVENESS_SECONDS = 0.5  # asking the engine costs it CPU that the start needs
 _REQUEST_SECONDS = 5.0
 _EXIT_NOTICE_SECONDS = 1.0
+_PULL_PATIENCE_SECONDS = 60.0
 _LOG_LINES = 40
 
-# What only a client sees both ends of; a runtime that reports these too is not believed.
-_CLIENT_PHASES = frozenset({Phase.CONTAINER_START, Phase.FIRST_TOKEN})
+# Where a controlled compile cache is mounted, and what makes vLLM and Inductor use it.
+_CACHE_FOLDER = "/coldstart-compile-cache"
+_CACHE_VARIABLES = {
+    "VLLM_CACHE_ROOT": f"{_CACHE_FOLDER}/vllm",
+    "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE_FOLDER}/inductor",
+}
 
 _TERMINAL_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -69,8 +85,17 @@ class RunningContainer(Protocol):
     def exit_code(self) -> int | None:
         """None while it runs."""
 
+    def pid(self) -> int:
+        """Of its first process, as the engine's machine counts."""
+
+    def started_at(self) -> float:
+        """When the engine started its first process, in epoch seconds."""
+
     def logs(self) -> str:
         """Output so far, also after the exit."""
+
+    def timed_logs(self) -> list[tuple[float, str]]:
+        """Lines of output so far, and when the engine received each, in epoch seconds."""
 
     def stop(self, timeout: int) -> int:
         """SIGTERM, SIGKILL after `timeout` seconds; returns the exit code."""
@@ -79,15 +104,69 @@ class RunningContainer(Protocol):
         """Leaves no container and no anonymous volume, running or not."""
 
 
+class Volume(Protocol):
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def folder(self) -> Path:
+        """On the engine's machine."""
+
+    def empty(self) -> bool: ...
+
+    def remove(self) -> None: ...
+
+
 class ContainerHost(Protocol):
+    """A container engine. Every method raises ColdstartError when it refuses."""
+
     def image_facts(self, image: str) -> ImageFacts:
         """Raises ColdstartError when there is no such image."""
 
-    def start(self, image: str) -> RunningContainer:
+    def start(
+        self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]
+    ) -> RunningContainer:
         """Creates and starts a container of image id `image`, its serving port on 127.0.0.1 at a free port.
 
-        Leaves nothing behind when it fails, or is interrupted, before it returns.
+        volumes: name -> folder inside. Leaves nothing behind when it fails, or is interrupted, before it
+        returns.
         """
+
+    def image_folders(self, image: str) -> list[Path]:
+        """Where the files of an image lie on the engine's machine."""
+
+    def new_volume(self, image: str) -> Volume:
+        """An empty volume that any user may write to, prepared with a program of image id `image`."""
+
+    def registry_digest(self, reference: str) -> str:
+        """`repository@sha256:...`, confirmed by the registry to be there now."""
+
+    def remove_image(self, reference: str) -> None:
+        """Nothing happens if it is not there."""
+
+    def pull(self, digest: str, tag: str, patience: float) -> Iterator[Mapping[str, Any]]:
+        """The engine's progress messages of pulling `digest` as `tag`; at most `patience` seconds apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What every run is made to find. environment: added to that of the containers.
+
+    page_cache: the image's files, cold or warm, verified page by page. compile_cache: cold is a new, empty
+    vLLM cache for each run; warm is one that a start which does not count has filled, one for each image.
+    pull: the image is removed, and pulled from its registry within the run. sample: read what the container
+    uses, 20 times a second.
+    """
+
+    page_cache: Cache = "as_is"
+    compile_cache: Cache = "as_is"
+    pull: bool = False
+    sample: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def state(self) -> State:
+        return State(page_cache=self.page_cache, compile_cache=self.compile_cache, pulled=self.pull)
 
 
 class Watcher(Protocol):
@@ -123,6 +202,7 @@ def run_benchmark(
     timeout: float = 600,
     stop_timeout: int = 40,
     workload: Workload | None = None,
+    conditions: Conditions | None = None,
     engine_version: str | None = None,
 ) -> BenchResult:
     """Starts each image `runs` times, in turn, and measures from the create call to the first token.
@@ -132,12 +212,14 @@ def run_benchmark(
     until: what `enough` waits for, for the record.
     timeout: seconds that a run may take to its complete answer; stop_timeout: seconds from SIGTERM to
     SIGKILL; engine_version: Docker Engine's, for the record. Raises InputError for arguments that measure
-    nothing, and what `host.image_facts` and `save` raise. Containers are removed whatever happens, Ctrl-C
-    included.
+    nothing, HostError for conditions that cannot be made here, and what `host` and `save` raise. Containers
+    and volumes are removed whatever happens, Ctrl-C included.
     """
-    _check(images, runs, max_runs, timeout)
+    wanted = conditions or Conditions()
+    _check(images, runs, max_runs, timeout, wanted)
     facts = [host.image_facts(image) for image in images]
     _check_distinct(facts)
+    digests = _check_conditions(host, facts, wanted)
     result = BenchResult(
         created=datetime.now(UTC),
         machine=describe_machine(engine_version),
@@ -148,9 +230,9 @@ def run_benchmark(
         max_runs_per_image=max_runs,
     )
     watcher = watcher or _NoWatcher()
-    bench = _Bench(host, result.workload, timeout, stop_timeout, reporter, watcher)
+    bench = _Bench(host, result.workload, timeout, stop_timeout, reporter, watcher, wanted, digests)
     slots = interleave(facts, max_runs or runs)
-    with reporter.task("Benchmark", len(slots), unit="runs") as task:
+    with bench, reporter.task("Benchmark", len(slots), unit="runs") as task:
         for order, (image, index) in enumerate(slots):
             if index >= runs and order % len(facts) == 0 and enough(result):
                 reporter.note(f"precise enough after {index} runs of each")
@@ -193,7 +275,9 @@ def _cpu_model() -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _check(images: Sequence[str], runs: int, max_runs: int | None, timeout: float) -> None:
+def _check(
+    images: Sequence[str], runs: int, max_runs: int | None, timeout: float, conditions: Conditions
+) -> None:
     if not images:
         raise InputError("There is no image to benchmark.", fix="Name at least one image.")
     if runs < 1:
@@ -202,6 +286,12 @@ def _check(images: Sequence[str], runs: int, max_runs: int | None, timeout: floa
         raise InputError(f"At most {max_runs} runs are fewer than {runs}.", fix="Raise --max-runs.")
     if timeout <= 0:
         raise InputError(f"A timeout of {timeout} s leaves no time to start.", fix="Pass a positive number.")
+    if conditions.pull and conditions.page_cache != "as_is":
+        raise InputError(
+            "A pulled image cannot also have its page cache controlled.",
+            why="A pull leaves in memory what it has just written; that is part of what is measured.",
+            fix="Leave out --pull or --page-cache.",
+        )
 
 
 def _check_distinct(facts: Sequence[ImageFacts]) -> None:
@@ -213,6 +303,18 @@ def _check_distinct(facts: Sequence[ImageFacts]) -> None:
             why="Its runs could not be told apart.",
             fix=f"To compare it with itself, give it a second tag: docker tag {twice} IMAGE:again.",
         )
+
+
+def _check_conditions(
+    host: ContainerHost, facts: Sequence[ImageFacts], conditions: Conditions
+) -> dict[str, str]:
+    """Reference -> digest to pull. Raises before anything is started or removed."""
+    if conditions.page_cache != "as_is":
+        for image in facts:
+            page_cache.check(host.image_folders(image.id))
+    if not conditions.pull:
+        return {}
+    return {image.reference: host.registry_digest(image.reference) for image in facts}
 
 
 def _outcome(run: Run) -> str:
@@ -232,36 +334,43 @@ class _Slot:
 class _Sample:
     """What a start has shown so far: filled in order, so that a failure keeps what came before it."""
 
-    created_at: float
+    began: float
+    created_at: float | None = None
     ready_at: float | None = None
     first_token_at: float | None = None
     answer: str = ""
-    started: float | None = None
-    reported: tuple[MeasuredPhase, ...] | None = None
+    pull: tuple[MeasuredPhase, ...] = ()
+    report: Report | None = None
+    adapter: str | None = None
+    sampler: Sampler | None = None
     exit_code: int | None = None
     stop_seconds: float | None = None
     error: str = ""
     warnings: list[str] = field(default_factory=list)
     log_tail: str = ""
 
-    def to_run(self, slot: _Slot) -> Run:
-        events = (*self._client_events(), *(self.reported or ()))
+    def to_run(self, slot: _Slot, state: State) -> Run:
+        reported = self.report.phases if self.report else ()
+        events = (*self.pull, *map(self._with_resources, (*self._client_events(), *reported)))
         total = unattributed = None
         if self.first_token_at is not None and not self.error:
-            total = self.first_token_at - self.created_at
-            unattributed = max(0.0, total - covered_seconds(events, self.created_at, self.first_token_at))
+            total = self.first_token_at - self.began
+            unattributed = max(0.0, total - covered_seconds(events, self.began, self.first_token_at))
         return Run(
             image=slot.facts.reference,
             index=slot.index,
             order=slot.order,
             ok=not self.error,
             error=self.error,
-            created_at=self.created_at,
-            ready_seconds=None if self.ready_at is None else self.ready_at - self.created_at,
+            created_at=self.began,
+            ready_seconds=None if self.ready_at is None else self.ready_at - self.began,
             total_seconds=total,
             unattributed_seconds=unattributed,
             phases=tuple(sorted(events, key=lambda event: (event.start, event.end))),
-            phases_from="client" if self.reported is None else "runtime",
+            phases_from="client" if self.report is None else self.report.source,
+            adapter=self.adapter,
+            state=state,
+            sampler_cpu_seconds=None if self.sampler is None else round(self.sampler.cpu_seconds, 4),
             answer=self.answer,
             exit_code=self.exit_code,
             stop_seconds=self.stop_seconds,
@@ -270,15 +379,19 @@ class _Sample:
         )
 
     def _client_events(self) -> Iterator[MeasuredPhase]:
-        if self.started is not None:
-            yield _client_event(Phase.CONTAINER_START, self.created_at, self.started)
+        if self.report is not None and self.report.started is not None and self.created_at is not None:
+            yield _client_event(Phase.CONTAINER_START, self.created_at, self.report.started)
         if self.ready_at is None:
             return
-        if all(event.phase != Phase.READY for event in self.reported or ()):
+        if self.report is None or all(event.phase != Phase.READY for event in self.report.phases):
             # A moment, not a stretch: it must not claim time that nothing explains.
             yield _client_event(Phase.READY, self.ready_at, self.ready_at)
         if self.first_token_at is not None:
             yield _client_event(Phase.FIRST_TOKEN, self.ready_at, self.first_token_at)
+
+    def _with_resources(self, event: MeasuredPhase) -> MeasuredPhase:
+        used = None if self.sampler is None else self.sampler.used(event.start, event.end)
+        return event if used is None else replace(event, resources=used)
 
 
 def _client_event(phase: Phase, start: float, end: float) -> MeasuredPhase:
@@ -293,36 +406,143 @@ class _Bench:
     stop_timeout: int
     reporter: Reporter
     watcher: Watcher
+    conditions: Conditions
+    digests: Mapping[str, str]
+    warm_volumes: dict[str, Volume] = field(default_factory=dict)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        for volume in self.warm_volumes.values():
+            self._remove_volume(volume)
 
     def run(self, slot: _Slot, task: Task) -> Run:
-        task.detail(f"starting {slot.facts.reference}")
-        created_at, deadline = now(), time.monotonic() + self.timeout
+        sample = _Sample(now())
         try:
-            container = self.host.start(slot.facts.id)
+            with self._compile_cache(slot, sample, task) as volumes:
+                if not sample.error:
+                    self._prepare_and_start(slot, volumes, sample, task)
         except ColdstartError as error:
-            return _Sample(created_at, error=_told(error)).to_run(slot)
+            sample.error = _told(error)
+        return sample.to_run(slot, self.conditions.state)
+
+    def _prepare_and_start(self, slot: _Slot, volumes: Sequence[Volume], sample: _Sample, task: Task) -> None:
+        state, image = self.conditions.page_cache, slot.facts
+        if state != "as_is":
+            task.detail(f"making the page cache {state} for {image.reference}")
+            folders = [*self.host.image_folders(image.id), *(volume.folder for volume in volumes)]
+            page_cache.bring(folders, state)
+        sample.began, deadline = now(), time.monotonic() + self.timeout
+        if self.conditions.pull:
+            self._pull(image, sample, deadline, task)
+        task.detail(f"starting {image.reference}")
+        self._start(image, volumes, sample, deadline, task)
+
+    def _start(
+        self, image: ImageFacts, volumes: Sequence[Volume], sample: _Sample, deadline: float, task: Task
+    ) -> None:
+        environment = {**(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
+        mounts = {volume.name: _CACHE_FOLDER for volume in volumes}
+        container = self.host.start(image.id, environment=environment, volumes=mounts)
+        sample.created_at = container.created_at
+        if not self.conditions.pull:
+            sample.began = container.created_at
         try:
-            sample = _Sample(container.created_at)
-            self._observe(container, sample, deadline, task)
+            self._sample(container, sample)
+            self._observe(container, image, sample, deadline, task)
             self._stop(container, sample)
         finally:
+            if sample.sampler is not None:
+                sample.sampler.stop()
             self._remove(container)
-        return sample.to_run(slot)
 
-    def _observe(self, container: RunningContainer, sample: _Sample, deadline: float, task: Task) -> None:
+    @contextmanager
+    def _compile_cache(self, slot: _Slot, sample: _Sample, task: Task) -> Iterator[list[Volume]]:
+        """The volume to mount, if any. A priming start that fails is the run's error."""
+        image, state = slot.facts, self.conditions.compile_cache
+        if state == "warm":
+            if image.id not in self.warm_volumes:
+                task.detail(f"filling a compile cache for {image.reference}")
+                self._prime(image, sample, task)
+            yield [self.warm_volumes[image.id]] if not sample.error else []
+        elif state == "cold":
+            volume = self.host.new_volume(image.id)
+            try:
+                yield [volume]
+            finally:
+                self._remove_volume(volume)
+        else:
+            yield []
+
+    def _prime(self, image: ImageFacts, sample: _Sample, task: Task) -> None:
+        volume = self.warm_volumes[image.id] = self.host.new_volume(image.id)
+        priming = _Sample(now())
         try:
-            port = container.host_port()
+            self._start(image, [volume], priming, time.monotonic() + self.timeout, task)
+            if not priming.error and volume.empty():
+                priming.error = "it wrote nothing to its cache"
         except ColdstartError as error:
-            _fail(container, sample, error)
+            priming.error = _told(error)
+        if priming.error:
+            sample.error = f"The start that fills the compile cache failed: {priming.error}"
+            sample.log_tail = priming.log_tail
+            self._remove_volume(self.warm_volumes.pop(image.id))
+
+    def _remove_volume(self, volume: Volume) -> None:
+        try:
+            volume.remove()
+        except ColdstartError as error:
+            self.reporter.note(
+                f"volume {volume.name} is left: {_told(error)} Remove it: docker volume rm {volume.name}"
+            )
+
+    def _pull(self, image: ImageFacts, sample: _Sample, deadline: float, task: Task) -> None:
+        digest = self.digests[image.reference]
+        task.detail(f"pulling {digest}")
+        self.host.remove_image(digest)
+        self.host.remove_image(image.reference)
+        sample.began = now()
+        pull = Pull(sample.began)
+        done = False
+        try:
+            messages = self.host.pull(digest, image.reference, min(_PULL_PATIENCE_SECONDS, self.timeout))
+            pull.follow(_timed(messages, deadline, self.timeout))
+            done = True
+        finally:
+            sample.pull = tuple(pull.phases())
+            if not done:
+                self.reporter.note(f"{image.reference} is not here now; get it back: docker pull {digest}")
+        if not pull.layers:
+            sample.warnings.append("nothing was pulled: another image keeps every layer here")
+
+    def _sample(self, container: RunningContainer, sample: _Sample) -> None:
+        if not self.conditions.sample:
             return
         try:
+            sample.sampler = Sampler(container.pid(), container.started_at())
+        except (OSError, ColdstartError):
+            sample.warnings.append("resources are not sampled: its processes are not on this machine")
+
+    def _observe(
+        self,
+        container: RunningContainer,
+        image: ImageFacts,
+        sample: _Sample,
+        deadline: float,
+        task: Task,
+    ) -> None:
+        port = None
+        try:
+            port = container.host_port()
             model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task, self.watcher)
             sample.first_token_at, sample.answer = client.complete(port, model, self.workload, deadline)
         except ColdstartError as error:
             _fail(container, sample, error)
+        if sample.sampler is not None:
+            sample.sampler.stop()
         # Asked for last, so that the question does not delay the token; also of a run that failed, because
         # the finished phases say how far it came.
-        _read_startup(port, sample)
+        _read_phases(container, port, image, sample)
 
     def _stop(self, container: RunningContainer, sample: _Sample) -> None:
         try:
@@ -346,6 +566,15 @@ class _Bench:
             self.reporter.note(
                 f"container {container.id} is left: {_told(error)} Remove it: docker rm -f {container.id}"
             )
+
+
+def _timed(
+    messages: Iterator[Mapping[str, Any]], deadline: float, timeout: float
+) -> Iterator[tuple[float, Mapping[str, Any]]]:
+    for message in messages:
+        yield now(), message
+        if time.monotonic() >= deadline:
+            raise VerifyError(f"It was not pulled within {timeout:g} s.", fix="Raise the timeout.")
 
 
 def _fail(container: RunningContainer, sample: _Sample, error: ColdstartError) -> None:
@@ -450,45 +679,37 @@ def _refuse_locked(status: int) -> None:
         )
 
 
-class _Startup(BaseModel):
-    """The runtime's answer at /startup. Further fields are welcome; a wrong type in a known one is not."""
+def _read_phases(container: RunningContainer, port: int | None, image: ImageFacts, sample: _Sample) -> None:
+    """Fills in the image's own phases. An image that shows none is an ordinary case, not a failure."""
+    try:
+        seen = Seen(
+            labels=image.labels,
+            created_at=container.created_at,
+            started_at=container.started_at(),
+            ready_at=sample.ready_at,
+            startup=None if port is None else _get_startup(port, sample),
+            log=container.timed_logs(),
+            processes=sample.sampler.processes if sample.sampler else (),
+        )
+    except ColdstartError as error:
+        sample.warnings.append(_told(error).rstrip("."))
+        return
+    for adapter in adapters():
+        if adapter.recognises(seen):
+            try:
+                sample.report = adapter.read(seen)
+            except ValueError as error:
+                sample.warnings.append(str(error))
+            else:
+                sample.adapter = adapter.NAME
+                return
 
-    model_config = ConfigDict(allow_inf_nan=False)
 
-    schema_: Literal[1] = Field(alias="schema")
-    started: float | None = None
-    phases: tuple[MeasuredPhase, ...]
-
-
-def _read_startup(port: int, sample: _Sample) -> None:
-    """Fills in the runtime's own phases. An image that reports none is an ordinary case, not a failure."""
+def _get_startup(port: int, sample: _Sample) -> client.Reply | None:
     try:
         reply = client.get(port, "/startup", _REQUEST_SECONDS)
     except (OSError, HTTPException) as error:
         if sample.ready_at is not None:
             sample.warnings.append(f"GET /startup failed: {client.describe(error)}")
-        return
-    if reply.status == 404:
-        return
-    try:
-        report = _Startup.model_validate_json(reply.body)
-    except ValueError:
-        sample.warnings.append(f"GET /startup answered {reply.status}, not a start-up report")
-        return
-    _accept(report, sample, reply.at)
-
-
-def _accept(report: _Startup, sample: _Sample, read_at: float) -> None:
-    events = tuple(event for event in report.phases if event.phase not in _CLIENT_PHASES)
-    started = report.started
-    if started is None:
-        started = min((event.start for event in events), default=None)
-    if started is not None and not sample.created_at <= started <= read_at:
-        sample.warnings.append(
-            "the phases at /startup do not lie within this start: is the container's clock right?"
-        )
-        return
-    if any(event.end < event.start for event in events):
-        sample.warnings.append("GET /startup reports a phase that ends before it starts")
-        return
-    sample.started, sample.reported = started, events
+        return None
+    return None if reply.status == 404 else reply

@@ -95,12 +95,13 @@ class Run(BaseModel):
     """One start of one image, kept also where it failed.
 
     order: position in the whole benchmark; index: how many runs of the same image came before; from 0.
-    created_at: just before the container was created. ready_seconds, total_seconds: from there to the
-    client's first 200 of /v1/models, and to the first streamed token. unattributed_seconds: the part of the
-    total that no phase covers. phases_from: "runtime" where the image reported its phases at /startup,
-    "client" where only what the client sees is known; adapter: what understood the image's report, such as
-    "coldstart" or "vllm_log". sampler_cpu_seconds: what sampling resources itself cost. exit_code,
-    stop_seconds: of SIGTERM at the end; log_tail: of failed runs.
+    created_at: just before the container was created, or before the pull where there was one. ready_seconds,
+    total_seconds: from there to the client's first 200 of /v1/models, and to the first streamed token.
+    unattributed_seconds: the part of the total that no phase covers. phases_from: "runtime" where the image
+    reported its phases at /startup, "log" where its log tells them, "client" where only what the client sees
+    is known; adapter: what understood the image's report, such as "coldstart" or "vllm_log".
+    sampler_cpu_seconds: what sampling resources itself cost. exit_code, stop_seconds: of SIGTERM at the end;
+    log_tail: of failed runs.
     """
 
     model_config = STRICT
@@ -116,7 +117,7 @@ class Run(BaseModel):
     unattributed_seconds: float | None = None
     state: State = State()
     phases: tuple[MeasuredPhase, ...] = ()
-    phases_from: Literal["runtime", "client"] = "client"
+    phases_from: Literal["runtime", "log", "client"] = "client"
     adapter: str | None = None
     sampler_cpu_seconds: float | None = None
     answer: str = ""

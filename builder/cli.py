@@ -10,7 +10,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,6 +93,7 @@ MaxShardSize = Annotated[
     str | None, typer.Option(help="Split the weights into shards of at most this, e.g. 500MiB.")
 ]
 SpecFile = Annotated[Path | None, typer.Option("--file", "-f", help="coldstart.yaml; flags win over it.")]
+CacheState = Annotated[str, typer.Option(metavar="cold|warm", help="Empty or fill it first [as it is].")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -352,6 +353,16 @@ def bench(
     svg: SvgFile = None,
     png: PngFile = None,
     markdown: MarkdownFile = None,
+    page_cache: CacheState = "as_is",
+    compile_cache: CacheState = "as_is",
+    pull: Annotated[
+        bool, typer.Option("--pull", help="Remove and pull each image, if its registry confirms to have it.")
+    ] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
+    no_sampler: Annotated[bool, typer.Option("--no-sampler", help="Do not sample resources.")] = False,
+    env: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")
+    ] = None,
 ) -> None:
     """Start images in turn and time every phase, to the first token.
 
@@ -361,7 +372,7 @@ def bench(
     from rich.console import Console
 
     from benchmarks.docker_host import DockerHost
-    from benchmarks.harness import run_benchmark
+    from benchmarks.harness import Conditions, run_benchmark
     from benchmarks.live import LiveView
     from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
     from benchmarks.stats import precise_enough
@@ -381,6 +392,13 @@ def bench(
         chosen = [baseline, *(image for image in chosen if image != baseline)]
     _check_regression(max_regression, baseline, len(chosen) + bool(earlier))
     _check_until(until, max_runs, earlier)
+    conditions = Conditions(
+        page_cache=_cache_state("--page-cache", page_cache),
+        compile_cache=_cache_state("--compile-cache", compile_cache),
+        pull=pull,
+        sample=not no_sampler,
+        environment=_environment(env or ()),
+    )
     engine = DockerEngine()
     live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 
@@ -402,6 +420,8 @@ def bench(
         max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
         enough=enough,
         watcher=live,
+        timeout=timeout,
+        conditions=conditions,
         engine_version=engine.version,
     )
     _show_result(result, earlier, max_regression, outputs)
@@ -432,6 +452,45 @@ def bench_report(
     _check_regression(max_regression, baseline, len(references) + bool(earlier))
     _show_result(result, earlier, max_regression, outputs)
     _fail_if_worse(result, earlier, max_regression)
+
+
+@bench_app.command("bake")
+def bench_bake(
+    file: Annotated[Path, typer.Argument(help="What `coldstart bench --pull --json` wrote.")],
+    weights: Annotated[list[float], typer.Option(help="MB of each image's weights; repeat it for each.")],
+    registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
+    hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
+    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [measured].")] = None,
+    mount: Annotated[float | None, typer.Option(help="MB/s of a mounted volume [the disk's].")] = None,
+) -> None:
+    """Bake, download or mount the weights: what reaches the first token sooner on such a node."""
+    from benchmarks import bake
+    from benchmarks.schema import read_result
+
+    rates = {"registry": registry, "hub": hub, "disk": disk, "mount": mount}
+    for name, rate in (*rates.items(), *(("weights", size) for size in weights)):
+        if rate is not None and rate <= 0:
+            raise InputError(f"--{name} {rate:g} is not a size or a rate", fix="Give more than 0.")
+    given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
+    try:
+        node, rows = bake.rows(read_result(file), [round(size * 1e6) for size in weights], given)
+    except ValueError as error:
+        raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
+    typer.echo(
+        f"MB/s: registry {node.registry / 1e6:.0f}, unpacking {node.unpack / 1e6:.0f}, "
+        f"hub {node.hub / 1e6:.0f}, disk {node.disk / 1e6:.0f}, mount {(node.mount or node.disk) / 1e6:.0f}"
+    )
+    for row in rows:
+        ways = ", ".join(f"{way} {took:.1f} s" for way, took in row.seconds.items())
+        typer.echo(f"{row.image}: {row.best} is soonest; {ways}")
+        if row.crossing is None:
+            typer.echo("  downloading is sooner at any rate of the registry")
+        else:
+            typer.echo(
+                f"  baking is sooner than downloading from {row.crossing / 1e6:.0f} MB/s of the registry on"
+            )
+        checked = "not checked: one pulled run" if row.error is None else f"{row.error:+.1%} of measured runs"
+        typer.echo(f"  error of the model: {checked}")
 
 
 @bench_app.command("history")
@@ -568,6 +627,19 @@ def manifest(
         typer.echo(text, nl=False)
     else:
         output.write_text(text)
+
+
+def _cache_state(flag: str, state: str) -> Any:
+    if state not in ("cold", "warm", "as_is"):
+        raise InputError(f"{flag} {state} is unknown", fix="Give cold or warm, or leave it out.")
+    return state
+
+
+def _environment(pairs: Sequence[str]) -> dict[str, str]:
+    for pair in pairs:
+        if not pair.partition("=")[0] or "=" not in pair:
+            raise InputError(f"--env {pair!r} is not NAME=VALUE", fix="Give a name and a value.")
+    return {name: value for name, _, value in (pair.partition("=") for pair in pairs)}
 
 
 @base_app.command("cpu")

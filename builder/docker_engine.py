@@ -11,6 +11,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar, cast
 
 import docker
@@ -35,6 +37,8 @@ _LEFTOVER_SECONDS = 30.0
 # A stream that breaks in the middle raises urllib3's own error.
 _ENGINE_ERRORS = (docker.errors.DockerException, requests.RequestException, urllib3.exceptions.HTTPError)
 _TOOL_LABEL = {"dev.coldstart.tool": "cli"}  # on containers of ours, so that clean-up ends exactly these
+
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT[\d:]+(\.\d+)?Z$")
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -285,9 +289,106 @@ class DockerEngine:
     def history(self, image: str) -> list[Mapping[str, Any]]:
         return list(self._client.api.history(image))  # type: ignore[no-untyped-call]
 
+    def layer_folders(self, image: str) -> list[Path]:
+        """Where the engine keeps the files of an image, one folder a layer. Raises HostError."""
+        driver = self._client.api.inspect_image(image).get("GraphDriver") or {}  # type: ignore[no-untyped-call]
+        data = driver.get("Data") or {}
+        folders = [data.get("UpperDir"), *str(data.get("LowerDir") or "").split(":")]
+        if not data.get("UpperDir"):
+            raise HostError(
+                f"the engine does not say where it keeps the files of {image}",
+                why=f"Its storage driver is {driver.get('Name') or 'unknown'}.",
+                fix="Use the overlay2 driver.",
+            )
+        return [Path(folder) for folder in folders if folder]
+
+    # Registry
+
+    def registry_digest(self, reference: str) -> str:
+        """`repository@sha256:...` of a local image, confirmed by the registry. Raises InputError.
+
+        The engine asks, so that its credentials, certificates and mirrors are used.
+        """
+        repository = _repository(reference)
+        known = [d for d in self.require_image(reference).repo_digests if d.split("@")[0] == repository]
+        if not known:
+            raise InputError(
+                f"{reference} was never pushed to, or pulled from, {repository}",
+                fix="Push it first: a benchmark removes no image that it cannot get back.",
+            )
+        try:
+            self._client.api.inspect_distribution(known[0])  # type: ignore[no-untyped-call]
+        except _ENGINE_ERRORS as error:
+            raise InputError(
+                f"the registry does not confirm {known[0]}",
+                why=_short(error),
+                fix="Push it again, or check the registry; nothing was removed.",
+            ) from None
+        return known[0]
+
+    def pull_digest(self, digest: str, tag: str, patience: float) -> Iterator[Mapping[str, Any]]:
+        """Pull `repository@sha256:...` and give it `tag`; the engine's messages. Raises BuildError.
+
+        patience: seconds without a message after which the pull is given up. Leaving the generator early
+        ends the pull too.
+        """
+        client = docker.from_env()  # of its own: closing its connection makes the engine stop
+        post = client.api.post
+        # docker-py would wait for ever.
+        client.api.post = lambda url, **options: post(url, **{**options, "timeout": patience})  # type: ignore[method-assign]
+        try:
+            for message in client.api.pull(digest, stream=True, decode=True):
+                if "error" in message:
+                    raise BuildError(f"cannot pull {digest}", why=str(message["error"]).strip())
+                yield message
+            repository, _, name = _with_tag(tag).rpartition(":")
+            self._client.api.tag(digest, repository, name)
+        except _ENGINE_ERRORS as error:
+            raise BuildError(f"cannot pull {digest}", why=_short(error), fix="Check the registry.") from None
+        finally:
+            client.close()
+
+    # Volumes
+
+    def create_volume(self, image: str) -> tuple[str, Path]:
+        """An empty volume that every user may write to; its name and its folder on the engine's machine.
+
+        image: any that has `chmod`, to open the volume with.
+        """
+        name = _name()
+        try:
+            made = self._client.api.create_volume(name, labels=_TOOL_LABEL)
+            code, output = self._run(image, ["chmod", "1777", "/volume"], user="0", volumes={name: "/volume"})
+            if code != 0:
+                raise HostError("cannot prepare a volume", why=output.strip()[-200:])
+        except BaseException as error:
+            self.remove_volume(name)
+            if not isinstance(error, _ENGINE_ERRORS):
+                raise
+            raise HostError("cannot make a volume", why=_short(error)) from None
+        return name, Path(made["Mountpoint"])
+
+    def remove_volume(self, name: str) -> None:
+        """Nothing happens if it is not there. Raises HostError while a container uses it."""
+        try:
+            self._client.api.remove_volume(name, force=True)
+        except _ENGINE_ERRORS as error:
+            raise HostError(f"cannot remove volume {name}", why=_short(error)) from None
+
+    def volume_is_empty(self, image: str, name: str) -> bool:
+        code, output = self._run(image, ["ls", "-A", "/volume"], user="0", volumes={name: "/volume"})
+        return code == 0 and not output.strip()
+
     # Containers
 
-    def _run(self, image: str, command: Sequence[str]) -> tuple[int, str]:
+    def _run(
+        self,
+        image: str,
+        command: Sequence[str],
+        *,
+        user: str | None = None,
+        volumes: Mapping[str, str] | None = None,
+    ) -> tuple[int, str]:
         """Run once, with no network, and return the exit code and all output."""
         container = _name()
         try:
@@ -297,7 +398,8 @@ class DockerEngine:
                 command=list(command[1:]),
                 name=container,
                 labels=_TOOL_LABEL,
-                host_config=self._client.api.create_host_config(network_mode="none"),
+                user=user,
+                host_config=self._client.api.create_host_config(network_mode="none", binds=_binds(volumes)),
             )
             self._client.api.start(container)
             code = self._client.api.wait(container)["StatusCode"]
@@ -321,10 +423,11 @@ class DockerEngine:
         publish: bool = True,
         gpus: bool = False,
         environment: Mapping[str, str] | None = None,
+        volumes: Mapping[str, str] | None = None,
     ) -> Container:
         """Create and start; the serving port is published on a free port of 127.0.0.1.
 
-        gpus: give it all of them, as `docker run --gpus all` does.
+        gpus: give it all of them, as `docker run --gpus all` does; volumes: name -> folder inside.
         """
         api = self._client.api
         created_at = time.time()
@@ -342,6 +445,7 @@ class DockerEngine:
                     network_mode=network,
                     port_bindings={PORT: ("127.0.0.1", None)} if publish else None,
                     device_requests=all_gpus if gpus else None,
+                    binds=_binds(volumes),
                 ),
             )
             api.start(container)
@@ -351,6 +455,20 @@ class DockerEngine:
                 raise
             raise HostError(f"cannot start a container of {image}", why=_short(error)) from None
         return Container(self._client, container, created_at)
+
+
+def _binds(volumes: Mapping[str, str] | None) -> list[str]:
+    # nocopy: what the image has at that place must not fill the volume
+    return [f"{name}:{folder}:rw,nocopy" for name, folder in (volumes or {}).items()]
+
+
+def _repository(reference: str) -> str:
+    """Without tag and digest, as repo digests name it."""
+    return _with_tag(reference.split("@")[0]).rpartition(":")[0]
+
+
+def _with_tag(reference: str) -> str:
+    return reference if ":" in reference.rpartition("/")[2] else f"{reference}:latest"
 
 
 def _is_for(info: ImageInfo, platform: str | None) -> bool:
@@ -410,6 +528,21 @@ class Container:
     def exit_code(self) -> int | None:
         state = self._state()
         return None if state["Running"] else int(state["ExitCode"])
+
+    @_engine_errors
+    def pid(self) -> int:
+        """Of its first process, as the engine's machine counts; 0 when it does not run."""
+        return int(self._state()["Pid"])
+
+    @_engine_errors
+    def started_at(self) -> float:
+        """Epoch seconds of the engine's start of the first process."""
+        return _epoch(self._state()["StartedAt"])
+
+    @_engine_errors
+    def timed_logs(self) -> list[tuple[float, str]]:
+        """Each line of output so far, and when the engine received it, in epoch seconds."""
+        return parse_timed_log(self._api.logs(self.id, timestamps=True).decode(errors="replace"))
 
     @_engine_errors
     def health(self) -> str:
@@ -497,6 +630,18 @@ def _entries(chunks: Iterator[bytes]) -> Iterator[tuple[tarfile.TarInfo, Any]]:
     with tarfile.open(fileobj=cast(Any, _Reader(chunks)), mode="r|") as archive:
         for entry in archive:
             yield entry, archive.extractfile(entry) if entry.isfile() else None
+
+
+def parse_timed_log(text: str) -> list[tuple[float, str]]:
+    """(epoch seconds, line) of each line that the engine stamped; only a line feed ends a line."""
+    pairs = (line.split(" ", 1) for line in text.split("\n"))
+    return [(_epoch(at), rest[0] if rest else "") for at, *rest in pairs if _STAMP.match(at)]
+
+
+def _epoch(stamp: str) -> float:
+    """RFC 3339 with nanoseconds, in UTC, which datetime reads only up to microseconds."""
+    whole, _, fraction = stamp.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(f"{whole}+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
 def _name() -> str:

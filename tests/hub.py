@@ -206,12 +206,14 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve(repo: str, folder: Path, kind: Literal["models", "datasets"] = "models") -> Iterator[Hub]:
-    """A hub on a free port of 127.0.0.1; point HF_ENDPOINT to its url."""
+def serve(
+    repo: str, folder: Path, kind: Literal["models", "datasets"] = "models", host: str = "127.0.0.1"
+) -> Iterator[Hub]:
+    """A hub on a free port of `host`; point HF_ENDPOINT to its url."""
     hub = Hub(repo, folder, kind)
     handler = type("Handler", (_Handler,), {"hub": hub})
-    server = _Server(("127.0.0.1", 0), handler)
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    server = _Server((host, 0), handler)
+    hub.url = f"http://{host}:{server.server_address[1]}"
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:

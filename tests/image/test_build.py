@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -163,22 +162,6 @@ def light_base(engine: DockerEngine, base: str) -> Iterator[str]:
     engine.build(Rendered(dockerfile, ()), tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
     yield tag
     engine.remove_image(tag)
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Iterator[str]:
-    """A real registry on loopback: its host:port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    config = tmp_path / "registry.yml"
-    config.write_text(
-        f"version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {tmp_path / 'data'}\n"
-        f"http:\n  addr: {address}\n"
-    )
-    with subprocess.Popen(["docker-registry", "serve", str(config)], stderr=subprocess.DEVNULL) as process:
-        yield address
-        process.terminate()
 
 
 def test_image_is_pushed_to_a_real_registry(

@@ -29,11 +29,33 @@ PLAN: dict[str, Any] = {
     "stream_times": 1,
     "completion_status": 200,
     "exit_code": 0,
+    "vllm_log": False,  # sleep through known phases, logging as vLLM does; ready at the end
     **json.loads(sys.argv[1]),
 }
 EVENTS = [("server_bind", 0.0, 0.02), ("engine_import", 0.01, 0.06), ("weight_load", 0.05, 0.09)]
 STARTING = b'{"error": {"code": "starting", "phase": "engine_import"}}'
 TOKENS = ["", " Paris", "."]
+VLLM_PHASES = [
+    ("engine_import", "APIServer pid=1", "non-default args: {}"),
+    ("config_parse", "APIServer pid=1", "Resolved architecture: Stub"),
+    ("engine_import", "EngineCore pid=2", "Initializing a V1 LLM engine"),
+    ("engine_init", "EngineCore pid=2", "Starting to load model stub..."),
+    ("weight_load", "EngineCore pid=2", "Loading weights took 0.05 seconds"),
+    ("kv_cache_alloc", "EngineCore pid=2", "CPU KV cache size: 9 tokens"),
+    ("graph_capture", "EngineCore pid=2", "init engine (profile, create kv cache, warmup model) took 0 s"),
+    ("tokenizer_init", "APIServer pid=1", "Detected the chat template content format to be 'string'"),
+]
+
+
+def log_as_vllm() -> None:
+    recorded = []
+    for name, process, line in VLLM_PHASES:
+        begin = time.time()
+        time.sleep(0.06)
+        recorded.append((name, process.split()[0], begin, time.time()))
+        print(f"({process}) INFO 01-01 00:00:00 [stub.py:1] {line}", file=sys.stderr, flush=True)
+    print("recorded:", json.dumps(recorded), file=sys.stderr, flush=True)
+    PLAN["ready_after"] = 0
 
 
 def ready() -> bool:
@@ -120,6 +142,8 @@ def main() -> None:
     print(server.server_address[1], flush=True)
     if PLAN["die_after"] is not None:
         threading.Timer(PLAN["die_after"], leave, [3]).start()
+    if PLAN["vllm_log"]:
+        threading.Thread(target=log_as_vllm, daemon=True).start()
     server.serve_forever()
 
 

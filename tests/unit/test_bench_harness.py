@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.harness import describe_machine, interleave, run_benchmark
+from benchmarks.harness import Conditions, describe_machine, interleave, run_benchmark
 from benchmarks.schema import BenchResult, ImageFacts, Run
 from builder.errors import HostError, InputError
 from builder.report import SilentReporter
@@ -36,8 +36,21 @@ class StubContainer:
         assert self._process.stdout is not None
         assert self._process.stderr is not None
         self._stderr = self._process.stderr
-        os.set_blocking(self._stderr.fileno(), False)
+        self._lines: list[tuple[float, str]] = []
         self._port = int(self._process.stdout.readline())
+        # As a container engine does it: a line is stamped when it arrives.
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self._stderr:
+            self._lines.append((time.time(), line.decode().rstrip("\n")))
+
+    def pid(self) -> int:
+        return self._process.pid
+
+    def started_at(self) -> float:
+        return self.created_at
 
     def host_port(self) -> int:
         return self._port
@@ -49,7 +62,12 @@ class StubContainer:
         return self._process.poll()
 
     def logs(self) -> str:
-        return (self._stderr.read() or b"").decode()
+        if not self.running():
+            self._reader.join()
+        return "\n".join(line for _, line in self._lines)
+
+    def timed_logs(self) -> list[tuple[float, str]]:
+        return list(self._lines)
 
     def stop(self, timeout: int) -> int:
         self._process.terminate()
@@ -58,10 +76,24 @@ class StubContainer:
     def remove(self) -> None:
         self.removed += 1
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        self._reader.join()
 
 
 NewContainer = Callable[[str, dict[str, Any]], StubContainer]
+
+
+class StubVolume:
+    def __init__(self, number: int, stays_empty: bool) -> None:
+        self.name, self.folder = f"volume-{number}", Path("/nowhere")
+        self.stays_empty = stays_empty
+        self.removed = 0
+
+    def empty(self) -> bool:
+        return self.stays_empty
+
+    def remove(self) -> None:
+        self.removed += 1
 
 
 class StubHost:
@@ -71,16 +103,39 @@ class StubHost:
         self.new = new
         self.plans = plans
         self.containers: list[StubContainer] = []
+        self.started: list[tuple[Mapping[str, str], Mapping[str, str]]] = []
+        self.volumes: list[StubVolume] = []
+        self.volumes_stay_empty = False
+        self.folders: list[Path] = []
 
     def image_facts(self, image: str) -> ImageFacts:
         if image not in self.plans:
             raise InputError(f"There is no image {image}.", fix="Build it.")
         return ImageFacts(image, f"id-{image}", 1000, {"org.opencontainers.image.title": image})
 
-    def start(self, image: str) -> StubContainer:
+    def start(
+        self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]
+    ) -> StubContainer:
+        self.started.append((environment, volumes))
         container = self.new(image, self.plans[image.removeprefix("id-")])
         self.containers.append(container)
         return container
+
+    def image_folders(self, image: str) -> list[Path]:
+        return self.folders
+
+    def new_volume(self, image: str) -> StubVolume:
+        self.volumes.append(StubVolume(len(self.volumes), self.volumes_stay_empty))
+        return self.volumes[-1]
+
+    def registry_digest(self, reference: str) -> str:
+        raise NotImplementedError
+
+    def remove_image(self, reference: str) -> None:
+        raise NotImplementedError
+
+    def pull(self, digest: str, tag: str, patience: float) -> Iterator[Mapping[str, Any]]:
+        raise NotImplementedError
 
 
 class Notes(SilentReporter):
@@ -92,7 +147,8 @@ class Notes(SilentReporter):
 
 
 def bench(host: StubHost, *images: str, runs: int = 1, **options: Any) -> BenchResult:
-    options = {"reporter": SilentReporter(), "save": lambda _: None, "timeout": 20.0, **options}
+    defaults: dict[str, Any] = {"reporter": SilentReporter(), "save": lambda _: None, "timeout": 20.0}
+    options = {**defaults, "conditions": Conditions(sample=False), **options}
     result = run_benchmark(host, images, runs, **options)
     assert [c.removed for c in host.containers] == [1] * len(host.containers)
     return result
@@ -278,10 +334,10 @@ def test_an_endless_answer_ends() -> None:
 
 def test_a_container_that_cannot_start_is_a_failed_run_and_the_others_go_on() -> None:
     class NoStart(StubHost):
-        def start(self, image: str) -> StubContainer:
+        def start(self, image: str, **options: Any) -> StubContainer:
             if image == "id-broken":
                 raise HostError("no space left", fix="Free some.")
-            return super().start(image)
+            return super().start(image, **options)
 
     result = bench(NoStart(broken={}, fine={}), "broken", "fine")
     assert [run.ok for run in result.runs] == [False, True]

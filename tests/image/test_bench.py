@@ -1,0 +1,136 @@
+"""What `coldstart bench` measures of real containers, a real engine and a real registry."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import docker
+import pytest
+
+from benchmarks import page_cache
+from benchmarks.docker_host import DockerHost
+from benchmarks.harness import Conditions, run_benchmark
+from benchmarks.schema import BenchResult, Run, State
+from builder.docker_engine import DockerEngine
+from builder.errors import InputError
+from builder.render import ContextFile, Rendered
+from builder.report import SilentReporter
+from runtime.phases import Phase, covered_seconds
+from tests.image.conftest import PREFIX, coldstart
+
+ROOT = Path(__file__).parents[2]
+NO_LABEL = "dev.coldstart.test=none"  # nothing to tell apart
+
+
+@pytest.fixture(scope="module")
+def stock(plain: Any, engine: DockerEngine) -> Iterator[str]:
+    """vLLM's own server on the weights of `plain`, as the committed suite builds it."""
+    tag = f"{PREFIX}/smollm2:stock"
+    text = (ROOT / "benchmarks/stock.Dockerfile").read_text()
+    text = text.replace("ARG WEIGHTS", f"ARG WEIGHTS={plain['weights_image']}")
+    engine.build(Rendered(text, ()), tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    yield tag
+    engine.remove_image(tag)
+
+
+@pytest.fixture(scope="module")
+def measured(stock: str, plain: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[BenchResult, float]:
+    """One start of each, with a new compile cache; and the seconds that all of it took by our own clock."""
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    before = _volumes()
+    began = time.monotonic()
+    done = coldstart(
+        *("bench", stock, plain["tag"], "--runs", "1", "--compile-cache", "cold", "--json", str(path))
+    )
+    took = time.monotonic() - began
+    assert done.code == 0, done.out + done.err
+    assert _volumes() <= before
+    return BenchResult.model_validate_json(path.read_text()), took
+
+
+def _volumes() -> set[str]:
+    found = docker.from_env().volumes.list(filters={"label": "dev.coldstart.tool=cli"})
+    return {volume.name for volume in found}
+
+
+def of(run: Run, phase: Phase) -> list[Any]:
+    return [event for event in run.phases if event.phase == phase]
+
+
+def test_at_most_5_percent_of_a_start_are_unattributed(measured: tuple[BenchResult, float]) -> None:
+    for run in measured[0].runs:
+        assert run.total_seconds is not None
+        assert run.unattributed_seconds is not None
+        assert run.unattributed_seconds <= 0.05 * run.total_seconds, run
+        covered = covered_seconds(run.phases, run.created_at, run.end)
+        assert covered + run.unattributed_seconds == pytest.approx(run.total_seconds, rel=0.02)
+    assert sum(run.total_seconds or 0 for run in measured[0].runs) <= measured[1]
+
+
+def test_stock_vllm_imports_three_times_and_ours_once(measured: tuple[BenchResult, float]) -> None:
+    stock, ours = measured[0].runs
+    assert (stock.adapter, stock.phases_from) == ("vllm_log", "log")
+    assert (ours.adapter, ours.phases_from) == ("coldstart", "runtime")
+    imports = sorted(of(stock, Phase.ENGINE_IMPORT), key=lambda event: event.start)
+    assert [event.process for event in imports] == ["APIServer", "registry", "EngineCore"]
+    assert len({event.pid for event in imports}) == 3
+    assert all(before.end <= after.start + 0.1 for before, after in pairwise(imports))
+    assert len(of(ours, Phase.ENGINE_IMPORT)) == 1
+    assert {Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.TOKENIZER_INIT} <= {e.phase for e in stock.phases}
+
+
+def test_each_phase_says_what_it_used(measured: tuple[BenchResult, float]) -> None:
+    for run in measured[0].runs:
+        assert run.warnings == ()
+        assert run.sampler_cpu_seconds is not None
+        imports, load = of(run, Phase.ENGINE_IMPORT)[0].resources, of(run, Phase.WEIGHT_LOAD)[-1].resources
+        assert imports.cpu_seconds > 1  # seconds of CPU: what it computes, however slow the machine
+        assert imports.page_faults > 10_000
+        assert load.peak_memory_bytes > 100 << 20
+        assert imports.read_bytes is not None
+
+
+@pytest.fixture
+def tiny(engine: DockerEngine, registry: str) -> Iterator[str]:
+    """An image that serves nothing, in a registry."""
+    tag = f"{registry}/{PREFIX}/nothing:1"
+    text = f"FROM scratch\nLABEL {NO_LABEL}\nCOPY file /file\n"
+    rendered = Rendered(text, (ContextFile("file", os.urandom(1 << 20)),))
+    engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    yield tag
+    engine.remove_image(tag)
+
+
+def bench_pull(engine: DockerEngine, image: str) -> Run:
+    conditions = Conditions(pull=True)
+    result = run_benchmark(
+        *(DockerHost(engine), [image], 1),
+        reporter=SilentReporter(),
+        save=lambda _: None,
+        conditions=conditions,
+    )
+    (run,) = result.runs
+    return run
+
+
+def test_a_pull_is_timed_and_an_unconfirmed_image_is_kept(tiny: str, engine: DockerEngine) -> None:
+    with pytest.raises(InputError, match="never pushed"):
+        bench_pull(engine, tiny)
+    engine.push(tiny, SilentReporter())
+    before = engine.require_image(tiny).id
+    run = bench_pull(engine, tiny)
+    assert run.state == State(pulled=True)
+    assert [event.phase for event in run.phases][:2] == [Phase.IMAGE_PULL, Phase.IMAGE_UNPACK]
+    assert "cannot start" in run.error  # it has no command
+    assert engine.require_image(tiny).id == before
+
+
+def test_the_page_cache_of_an_image_is_found_and_controlled(tiny: str, engine: DockerEngine) -> None:
+    folders = engine.layer_folders(tiny)
+    assert page_cache.bring(folders, "warm").total == (1 << 20) // 4096
+    assert page_cache.bring(folders, "cold").resident == 0
