@@ -91,7 +91,8 @@ def test_changed_engine_argument_sends_no_weight(
     other = build("smollm2:other", "--served-model-name", "other", engine_args=("--max-model-len", "1024"))
     assert other["weights_reused"]
     first, second = (engine.require_image(built["tag"]).layers for built in (plain, other))
-    assert first[:-1] == second[:-1]  # only the layer of runtime and manifest differs
+    below = second[:-1]  # the last one is the layer of runtime and manifest
+    assert first[: len(below)] == below
     labels = engine.require_image(other["tag"]).labels
     assert labels["org.opencontainers.image.title"] == "SmolLM2-135M-Instruct"
     assert other["manifest"]["model"]["served_name"] == "other"
@@ -100,7 +101,7 @@ def test_changed_engine_argument_sends_no_weight(
 def test_weights_are_in_the_image_once(plain: Any, base: str, engine: DockerEngine) -> None:
     added = engine.require_image(plain["tag"]).size - engine.require_image(base).size
     weights = sum(file["size"] for file in plain["manifest"]["model"]["files"])
-    assert weights <= added < weights + (1 << 20)
+    assert weights <= added < weights + (2 << 20)
 
 
 def test_no_package_cache_is_in_the_image(plain: Any, engine: DockerEngine) -> None:
@@ -128,8 +129,9 @@ def test_output_of_a_failing_step_is_shown(engine: DockerEngine) -> None:
 
 
 def test_rendered_folders_build_to_the_same_image(
-    plain: Any, model: str, base: str, engine: DockerEngine, tmp_path: Path
+    build: Callable[..., Any], model: str, base: str, engine: DockerEngine, tmp_path: Path
 ) -> None:
+    bare = build("smollm2:bare")
     tag = f"{PREFIX}/rendered:1"
     out = tmp_path / "out"
     done = coldstart("render", "-o", str(out), model, "--base", base, "-t", tag, "--", *ENGINE_ARGS)
@@ -139,8 +141,8 @@ def test_rendered_folders_build_to_the_same_image(
     try:
         for command in commands:
             subprocess.run([*command.split(), "-q"], check=True, env={**os.environ, "DOCKER_BUILDKIT": "0"})
-        assert _tree(engine, tag) == _tree(engine, plain["tag"])
-        ours, theirs = (dict(engine.require_image(name).config) for name in (plain["tag"], tag))
+        assert _tree(engine, tag) == _tree(engine, bare["tag"])
+        ours, theirs = (dict(engine.require_image(name).config) for name in (bare["tag"], tag))
         for config in (ours, theirs):
             config.pop("Image", None)  # the parent's id: COPY layers carry their time
             config.pop("Hostname", None)
@@ -169,7 +171,7 @@ def test_image_is_pushed_to_a_real_registry(
 ) -> None:
     model = str(write_model(tmp_path / "tiny"))
     tag = f"{registry}/{PREFIX}/tiny:pushed"
-    done = coldstart("build", model, "--base", light_base, "-t", tag, "--push", "--json")
+    done = coldstart("build", model, "--base", light_base, "-t", tag, "--push", "--json", "--no-prewarm")
     assert done.code == 0, done.err
     try:
         assert re.fullmatch(r"sha256:[0-9a-f]{64}", done.json["digest"])
@@ -183,7 +185,7 @@ def test_image_is_pushed_to_a_real_registry(
 def test_push_without_a_registry_is_told(light_base: str, engine: DockerEngine, tmp_path: Path) -> None:
     model = str(write_model(tmp_path / "tiny"))
     tag = "127.0.0.1:9/nobody/tiny:1"
-    done = coldstart("build", model, "--base", light_base, "-t", tag, "--push")
+    done = coldstart("build", model, "--base", light_base, "-t", tag, "--push", "--no-prewarm")
     engine.remove_image(tag)
     _remove_weights(engine, done.err)
     assert done.code == 5
