@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,14 +16,15 @@ import platformdirs
 
 from builder import lockfile, models, probe, render
 from builder.errors import HostError, ModelError
-from builder.plan import BaseImage, BuildPlan, make_plan
+from builder.plan import BaseImage, BuildPlan, Device, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
 
 if TYPE_CHECKING:
     from builder.calibration import Calibration
     from builder.docker_engine import DockerEngine
-    from builder.quantize import AwqRecipe
+    from builder.quantize import Quantized
+    from builder.recipe import Recipe
 
 # Besides the weights: the runtime's layers, the engine's own bookkeeping, and some air.
 _SPARE_BYTES = 1 << 30
@@ -57,12 +59,23 @@ def cache_folder() -> Path:
 
 
 def resolve_model(
-    spec: ImageSpec, reporter: Reporter, *, lock_path: Path | None = None, locked: bool = False
+    spec: ImageSpec,
+    reporter: Reporter,
+    *,
+    base: BaseImage | None = None,
+    lock_path: Path | None = None,
+    locked: bool = False,
 ) -> models.ModelSnapshot:
     """The model as named, at the commit that the lock file holds; the lock is written where there is none.
 
+    base: where given, a model that cannot be quantized for it is refused before its weights are fetched;
     locked: raise InputError where the lock is missing, stale, or not of these files.
     """
+
+    def accept(config: Mapping[str, Any]) -> None:
+        assert base is not None
+        _recipe(spec, config, base, None)
+
     lock = (
         lockfile.require_locked(spec, lock_path)
         if locked
@@ -75,6 +88,7 @@ def resolve_model(
         models.parse_ref(pinned.model, pinned.revision),
         reporter,
         models.Choice(spec.include, spec.exclude, spec.trust_remote_code),
+        accept if spec.quantize and base else None,
     )
     if locked and lock:
         lockfile.require_same(lock, snapshot.lock)
@@ -84,42 +98,58 @@ def resolve_model(
 
 
 def prepare_model(
-    spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
-) -> models.ModelSnapshot:
+    spec: ImageSpec, snapshot: models.ModelSnapshot, base: BaseImage, reporter: Reporter
+) -> tuple[models.ModelSnapshot, Quantized | None]:
     """The snapshot that the image will carry: quantized and in smaller shards where asked for."""
+    quantized = None
     if spec.quantize:
-        snapshot = _quantize(spec, snapshot, reporter)
+        snapshot, quantized = _quantize(spec, snapshot, base, reporter)
     if spec.max_shard_size:
         from builder.reshard import reshard
 
         snapshot = reshard(snapshot, spec.max_shard_size, cache=cache_folder(), reporter=reporter)
-    return snapshot
+    return snapshot, quantized
 
 
-def _quantize(spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter) -> models.ModelSnapshot:
-    from builder.quantize import quantize_awq
+def _quantize(
+    spec: ImageSpec, snapshot: models.ModelSnapshot, base: BaseImage, reporter: Reporter
+) -> tuple[models.ModelSnapshot, Quantized]:
+    from builder.quantize import quantize
 
-    recipe, documents = choose_quantization(spec, snapshot, reporter)
-    form = "symmetric" if recipe.symmetric else "asymmetric"
-    reporter.step(f"Quantizing to AWQ: int4, groups of {recipe.group_size}, {form}")
-    folder = quantize_awq(snapshot, recipe, cache=cache_folder(), reporter=reporter, calibration=documents)
-    quantized = models.snapshot_of_folder(folder, snapshot.lock, reporter)
+    recipe, documents = choose_quantization(spec, snapshot, base, reporter)
+    reporter.step(f"Quantizing to {recipe.describe()}")
+    done = quantize(snapshot, recipe, cache=cache_folder(), reporter=reporter, calibration=documents)
+    reporter.note(done.measurements.quality.describe())
+    done.require_quality(spec.max_perplexity_increase)
+    quantized = models.snapshot_of_folder(done.folder, snapshot.lock, reporter)
     before, after = snapshot.lock.total_bytes, quantized.lock.total_bytes
     reporter.note(f"{before / 1e6:.0f} MB became {after / 1e6:.0f} MB")
-    return quantized
+    return quantized, done
 
 
 def choose_quantization(
-    spec: ImageSpec, snapshot: models.ModelSnapshot, reporter: Reporter
-) -> tuple[AwqRecipe, Calibration | None]:
-    """The recipe that the model's shapes and the spec ask for. Raises ModelError or InputError."""
+    spec: ImageSpec, snapshot: models.ModelSnapshot, base: BaseImage, reporter: Reporter
+) -> tuple[Recipe, Calibration | None]:
+    """The recipe that model, base and spec ask for. Raises ModelError or InputError."""
     from builder import calibration
-    from builder.quantize import choose_recipe
 
     documents = calibration.load(spec.calibration, reporter) if spec.calibration else None
+    return _recipe(spec, snapshot.config, base, documents), documents
+
+
+def _recipe(
+    spec: ImageSpec, config: Mapping[str, Any], base: BaseImage, documents: Calibration | None
+) -> Recipe:
+    from builder.kernels import tensor_parallel_size
+    from builder.recipe import choose_recipe
+
+    assert spec.quantize is not None
     try:
-        recipe = choose_recipe(
-            snapshot.config,
+        return choose_recipe(
+            config,
+            method=spec.quantize,
+            device=base.device,
+            ranks=tensor_parallel_size(spec.engine_args),
             samples=spec.calibration_samples,
             tokens=spec.calibration_tokens,
             calibration=documents,
@@ -130,19 +160,27 @@ def choose_quantization(
             why=f"{error}.",
             fix="Check the file, or build without --quantize.",
         ) from None
-    return recipe, documents
 
 
 def guess_base(spec: ImageSpec) -> BaseImage:
     """The base as its name suggests, for plans made without an engine."""
-    device = "cpu" if spec.base.rsplit(":", 1)[0] == CPU_BASE.rsplit(":", 1)[0] else "cuda"
-    return BaseImage(spec.base, None, device)  # type: ignore[arg-type]
+    device: Device = "cpu" if spec.base.rsplit(":", 1)[0] == CPU_BASE.rsplit(":", 1)[0] else "cuda"
+    _require_kernels(spec, device)
+    return BaseImage(spec.base, None, device)
+
+
+def _require_kernels(spec: ImageSpec, device: Device) -> None:
+    if spec.quantize:
+        from builder.recipe import require_device
+
+        require_device(spec.quantize, device)
 
 
 def inspect_base(spec: ImageSpec, engine: DockerEngine, reporter: Reporter) -> BaseImage:
     """The base as the engine sees it; its vLLM's parser has accepted the engine arguments."""
     reporter.step(f"Looking into {spec.base}")
     base = engine.base_image(spec.base, spec.platform, reporter)
+    _require_kernels(spec, base.device)
     if spec.engine_args and not _accepted_before(base, spec.engine_args):
         reporter.step("Asking vLLM's parser about the engine arguments")
         engine.check_engine_args(base, spec.engine_args)
@@ -185,11 +223,11 @@ def build(
     if locked:
         lockfile.require_locked(spec, lock_path)
     base = inspect_base(spec, engine, reporter)
-    snapshot = resolve_model(spec, reporter, lock_path=lock_path, locked=locked)
+    snapshot = resolve_model(spec, reporter, base=base, lock_path=lock_path, locked=locked)
     if spec.quantize:  # before the long work; the exact check comes when the sizes are known
         require_space(engine.data_root, snapshot.lock.total_bytes)
-    snapshot = prepare_model(spec, snapshot, reporter)
-    plan = make_plan(spec, snapshot.lock, base)
+    snapshot, quantized = prepare_model(spec, snapshot, base, reporter)
+    plan = make_plan(spec, snapshot.lock, base, quantized.to_json() if quantized else None)
     weights = engine.image(plan.weights.tag)
     reused = weights is not None and weights.labels.get("dev.coldstart.weights.key") == plan.weights.key
     if reused:

@@ -26,6 +26,7 @@ from builder.errors import (
     RegressionError,
     VerifyError,
 )
+from builder.methods import METHODS
 
 if TYPE_CHECKING:
     from benchmarks.outputs import FileBaseline, Outputs
@@ -66,7 +67,11 @@ EngineArguments = Annotated[
     list[str] | None,
     typer.Argument(help="vLLM's own arguments, after `--`.", metavar="[-- ENGINE ARGUMENTS]"),
 ]
-Quantize = Annotated[str | None, typer.Option(help="Quantize the weights: awq.")]
+Quantize = Annotated[str | None, typer.Option(help=f"Quantize the weights: {', '.join(METHODS)}.")]
+MaxPerplexityIncrease = Annotated[
+    str | None,
+    typer.Option(help="Refuse a quantization that raises held-out perplexity by more, e.g. 5% or 0.05."),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -101,6 +106,7 @@ def _request(
     model: ModelArgument = None,
     engine_args: EngineArguments = None,
     quantize: Quantize = None,
+    max_perplexity_increase: MaxPerplexityIncrease = None,
     calibration: Calibration = None,
     calibration_samples: CalibrationSamples = None,
     calibration_tokens: CalibrationTokens = None,
@@ -122,6 +128,7 @@ def _request(
         "model": model,
         "engine_args": tuple(engine_args or ()),
         "quantize": quantize,
+        "max_perplexity_increase": max_perplexity_increase,
         "calibration": calibration,
         "calibration_samples": calibration_samples,
         "calibration_tokens": calibration_tokens,
@@ -243,9 +250,10 @@ def render(
     from builder.rendered_folder import write
 
     reporter = _reporter()
-    snapshot = pipeline.resolve_model(spec, reporter, lock_path=lockfile.beside(file))
-    snapshot = pipeline.prepare_model(spec, snapshot, reporter)
-    made = make_plan(spec, snapshot.lock, _known_base(spec, reporter))
+    base = _known_base(spec, reporter)
+    snapshot = pipeline.resolve_model(spec, reporter, base=base, lock_path=lockfile.beside(file))
+    snapshot, quantized = pipeline.prepare_model(spec, snapshot, base, reporter)
+    made = make_plan(spec, snapshot.lock, base, quantized.to_json() if quantized else None)
     write(made, snapshot.root, output)
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
     for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image")):
@@ -694,20 +702,25 @@ def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: Console
     from builder.plan import make_plan
 
     base = _known_base(spec, reporter)
-    snapshot = pipeline.resolve_model(spec, reporter)
+    snapshot = pipeline.resolve_model(spec, reporter, base=base)
     path = lockfile.beside(file)
     drift = lockfile.drift(spec, lockfile.read(path), snapshot.lock).value if path else None
-    later = None
+    later = done = None
     if spec.quantize:
+        from builder.quantization_cost import predict, require_memory
         from builder.quantize import finished_result
 
-        recipe, _ = pipeline.choose_quantization(spec, snapshot, reporter)
+        recipe, _ = pipeline.choose_quantization(spec, snapshot, base, reporter)
         done = finished_result(snapshot, recipe, cache=pipeline.cache_folder())
         if done:
-            snapshot = models.snapshot_of_folder(done, snapshot.lock, reporter)
+            snapshot = models.snapshot_of_folder(done.folder, snapshot.lock, reporter)
         else:
-            later = f"awq int4 g{recipe.group_size}"
-    return _Planned(make_plan(spec, snapshot.lock, base), later, drift)
+            require_memory(snapshot.lock, recipe)
+            later = recipe.describe()
+            if snapshot.lock.parameters is not None:
+                later += f"; takes {predict(snapshot.lock.parameters, recipe).describe()}"
+    made = make_plan(spec, snapshot.lock, base, done.to_json() if done else None)
+    return _Planned(made, later, drift)
 
 
 def _plan_json(planned: _Planned) -> dict[str, Any]:
@@ -745,6 +758,10 @@ def _print_plan(planned: _Planned) -> None:
         typer.echo(
             f"                 would be quantized first: {quantized_later}; sizes below are of the original"
         )
+    if made.quantization:
+        typer.echo(f"                 {made.quantization['description']}")
+        rise = made.quantization["quality"]["perplexity_increase"]
+        typer.echo(f"                 perplexity increase {rise:+.2%} on held-out text")
     typer.echo(f"engine arguments {' '.join(made.engine_args) or 'none'}")
     typer.echo(f"disk needed      {size(made.disk_bytes)} in Docker Engine's data root")
     for number, layer in enumerate(made.weights.layers):

@@ -59,19 +59,31 @@ class Fetched:
     offline: bool = False
 
 
-def download(ref: ModelRef, choose: Callable[[Iterable[str]], list[str]], reporter: Reporter) -> Fetched:
+def download(
+    ref: ModelRef,
+    choose: Callable[[Iterable[str]], list[str]],
+    reporter: Reporter,
+    accept: Callable[[Path], None] | None = None,
+) -> Fetched:
     """Fetch the files that `choose` keeps, at one commit, several at a time.
 
-    Finished files are reused; a file that a kill cut starts again. Raises ModelError or HostError.
+    accept: sees a folder with config.json before the weights are fetched. Finished files are reused; a file
+    that a kill cut starts again. Raises ModelError or HostError.
     """
     from huggingface_hub import constants as hub
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import hf_hub_download, snapshot_download, try_to_load_from_cache
 
     assert ref.repo is not None
     repository = Repository("model", ref.repo, ref.revision)
     if hub.HF_HUB_OFFLINE:
-        return _cached(repository, choose)
+        cached = _cached(repository, choose)
+        if accept:
+            accept(cached.root)
+        return cached
     info, sizes = _metadata(repository, reporter)
+    if accept and "config.json" in sizes:
+        config = _call(repository, lambda: hf_hub_download(repository.name, "config.json", revision=info.sha))
+        accept(Path(config).parent)
     # The card carries the licence; it does not go into the image.
     wanted = choose(sizes) + [name for name in sizes if name == "README.md"]
     missing = [

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -151,19 +151,39 @@ class Choice:
 ALL = Choice()
 
 
-def resolve(ref: ModelRef, reporter: Reporter, choice: Choice = ALL) -> ModelSnapshot:
-    """Pin the model and have its files here, checked. Raises ModelError."""
+def resolve(
+    ref: ModelRef,
+    reporter: Reporter,
+    choice: Choice = ALL,
+    accept: Callable[[Mapping[str, Any]], None] | None = None,
+) -> ModelSnapshot:
+    """Pin the model and have its files here, checked. Raises ModelError.
+
+    accept: sees the configuration before any weight is fetched or read, and may raise.
+    """
     if ref.folder is None:
-        return _resolve_hub(ref, reporter, choice)
+        return _resolve_hub(ref, reporter, choice, accept)
+    if accept:
+        accept(_read_config(ref.folder))
     name = ref.folder.name
     return _snapshot(ref.folder, name=name, source="folder", revision=None, reporter=reporter, choice=choice)
 
 
-def _resolve_hub(ref: ModelRef, reporter: Reporter, choice: Choice) -> ModelSnapshot:
+def _resolve_hub(
+    ref: ModelRef,
+    reporter: Reporter,
+    choice: Choice,
+    accept: Callable[[Mapping[str, Any]], None] | None,
+) -> ModelSnapshot:
     """Download, and fetch once more what does not have the bytes that the hub says it has."""
     from builder import hub
 
-    fetched = hub.download(ref, lambda paths: _wanted_paths(paths, choice), reporter)
+    fetched = hub.download(
+        ref,
+        lambda paths: _wanted_paths(paths, choice),
+        reporter,
+        (lambda folder: accept(_read_config(folder))) if accept else None,
+    )
 
     def snapshot() -> ModelSnapshot:
         return _snapshot(
@@ -294,6 +314,11 @@ def _read_config(root: Path) -> dict[str, Any]:
     config = _read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", fix="Get the file again.")
+    own = root / "params.json"
+    if own.is_file():  # Mistral's own format says it here alone
+        said = _read_json(own)
+        if isinstance(said, dict) and said.get("quantization"):
+            config.setdefault("quantization", said["quantization"])
     return config
 
 
@@ -410,13 +435,39 @@ def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
         ) from None
 
 
-def describe_quantization(config: Mapping[str, Any]) -> str | None:
-    """What config.json says of quantized weights, e.g. "compressed-tensors int4 g64", or None."""
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, Mapping):
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a configuration says of quantized weights, always with a `quant_method`; None if nothing."""
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    found = (
+        config.get("quantization_config")
+        or config.get("compression_config")  # compressed-tensors' older name
+        or config.get("quantization")  # Mistral's own, from params.json
+        or nested
+    )
+    if not found:
         return None
-    words = [str(quantization.get("quant_method", "unknown"))]
+    if not isinstance(found, Mapping):
+        return {"quant_method": "unknown"}
+    guessed = "unknown"
+    if any(str(key).startswith(("load_in_", "bnb_")) for key in found):
+        guessed = "bitsandbytes"
+    elif str(found.get("qformat_weight", "")).startswith("fp8"):
+        guessed = "fp8"
+    elif "w_bit" in found:  # AutoAWQ's first releases
+        guessed = "awq"
+    return {"quant_method": guessed, **found}
+
+
+def describe_quantization(config: Mapping[str, Any]) -> str | None:
+    """What the configuration says of quantized weights, e.g. "compressed-tensors int4 g64", or None."""
+    quantization = quantization_of(config)
+    if quantization is None:
+        return None
+    words = [str(quantization["quant_method"])]
     groups = quantization.get("config_groups")
+    bits = quantization.get("bits") or quantization.get("w_bit")
+    group_size = quantization.get("group_size") or quantization.get("q_group_size")
     if isinstance(groups, Mapping) and groups:
         first = next(iter(groups.values()))
         weights = first.get("weights") if isinstance(first, Mapping) else None
@@ -424,8 +475,10 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
             words.append(f"{weights.get('type', '')}{weights.get('num_bits', '')}")
             if weights.get("group_size"):
                 words.append(f"g{weights['group_size']}")
-    elif quantization.get("bits"):
-        words.append(f"int{quantization['bits']} g{quantization.get('group_size')}")
+    elif bits:
+        words.append(f"int{bits}" + (f" g{group_size}" if group_size else ""))
+    elif quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
+        words.append("4bit" if quantization.get("load_in_4bit") else "8bit")
     return _plain(" ".join(words))
 
 

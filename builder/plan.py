@@ -97,6 +97,7 @@ class BuildPlan:
     environment: tuple[tuple[str, str], ...]
     labels: tuple[tuple[str, str], ...]
     weights: WeightsPlan
+    quantization: Mapping[str, Any] | None = None
     port: int = PORT
     user: str = "2000:0"
 
@@ -124,6 +125,7 @@ class BuildPlan:
                 "lock_digest": self.lock.digest,
                 **self.lock.model_dump(mode="json"),
             },
+            "quantization": self.quantization,
         }
 
     @property
@@ -136,7 +138,10 @@ class BuildPlan:
         return 2 * self.lock.total_bytes
 
 
-def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
+def make_plan(
+    spec: ImageSpec, lock: ModelLock, base: BaseImage, quantization: Mapping[str, Any] | None = None
+) -> BuildPlan:
+    """quantization: how the weights of the lock were quantized here and what it cost, for the manifest."""
     folder = _folder_name(lock.name)
     model_path = f"{MODELS_DIR}/{folder}"
     environment = {
@@ -163,7 +168,8 @@ def make_plan(spec: ImageSpec, lock: ModelLock, base: BaseImage) -> BuildPlan:
             *spec.engine_args,
         ),
         environment=tuple(sorted(environment.items())),
-        labels=tuple(sorted(_labels(lock, base).items())),
+        labels=tuple(sorted((_labels(lock, base) | _quantization_labels(quantization)).items())),
+        quantization=quantization,
         weights=_plan_weights(lock, base, model_path, spec.max_layer_bytes),
     )
 
@@ -201,6 +207,16 @@ def _one_line(text: str) -> str:
     """A label is a short printable line; what a foreign card, config or folder name says need not be."""
     printable = "".join(c if c.isprintable() else " " for c in text)
     return " ".join(printable.split())[:_MAX_LABEL]
+
+
+def _quantization_labels(quantization: Mapping[str, Any] | None) -> dict[str, str]:
+    if quantization is None:
+        return {}
+    return {
+        f"{_LABEL}.quantization.method": quantization["method"],
+        f"{_LABEL}.quantization.recipe": quantization["description"],
+        f"{_LABEL}.quantization.perplexity-increase": f"{quantization['quality']['perplexity_increase']:.4f}",
+    }
 
 
 def _plan_weights(lock: ModelLock, base: BaseImage, model_path: str, max_bytes: int) -> WeightsPlan:

@@ -1,31 +1,35 @@
-"""AWQ by llm-compressor, in a Python environment of its own, cached by digest.
+"""Quantization by llm-compressor, in a Python environment of its own, measured, and cached by digest.
 
 llm-compressor pins other releases of transformers and compressed-tensors than vLLM does, so it gets an
-environment that nothing else uses. The model is quantized by `awq_job.py`, which runs on that environment's
-Python without network, tokens or the user's home.
+environment that nothing else uses. The model is quantized by `quantize_job.py`, which runs on that
+environment's Python without network, tokens or the user's home.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from builder.calibration import Calibration
 from builder.errors import BuildError, HostError, ModelError
+from builder.files import exclusive, finished_folder
+from builder.methods import METHODS
 from builder.models import ModelLock, ModelSnapshot
+from builder.quantization_cost import require_memory
+from builder.recipe import HELD_OUT_BLOCKS, Recipe
 from builder.report import Reporter
 
 # What decides the bytes of a result; everything else may be any release that these accept.
@@ -37,24 +41,6 @@ QUANTIZER_REQUIREMENTS = (
     "torch==2.13.0",
 )
 
-# Dense decoder-only text models whose norms and projections llm-compressor's AWQ knows how to pair.
-SUPPORTED_ARCHITECTURES = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "GemmaForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-    }
-)
-# Every one of them fits vLLM's Marlin kernels (CUDA) and its CPU kernel.
-GROUP_SIZES = (128, 64, 32)
-# Zero points halve the error of 4-bit groups (KL to the original 0.18 against 0.36 on SmolLM2), are what AWQ
-# checkpoints usually have, and vLLM 0.32 runs them on the same kernels: Machete, Marlin and CPUWNA16.
-SYMMETRIC = False
-
 GIB = 1024**3
 ENVIRONMENT_BYTES = 3 * GIB  # 1.5 with the CPU build of torch
 SLACK_BYTES = GIB // 2
@@ -62,8 +48,8 @@ LOG_TAIL_LINES = 40
 # Written last into an environment: a folder without it is what a killed build left.
 COMPLETE_MARKER = "complete.json"
 
-_JOB = Path(__file__).with_name("awq_job.py")
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_JOB = Path(__file__).with_name("quantize_job.py")
+_MEASUREMENTS = "measurements.json"
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"})
 
 # The job needs no more of the user's environment than this. A list of what may pass cannot forget a token.
@@ -93,113 +79,93 @@ _PIP_ELSEWHERE = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class AwqRecipe:
-    """How the linear layers become 4-bit integers with 16-bit activations (W4A16).
+class Quality(BaseModel):
+    """The quantized model against the original, on text that it was not calibrated on.
 
-    group_size: weights along the input features that share one scale; symmetric: no zero points;
-    ignore: names of modules left as they are; calibration_samples blocks of calibration_tokens tokens each;
-    calibration: "self" (the model's own answers, sampled with `seed`) or "sha256:…" of the user's documents.
+    top1_agreement: how often both find the same next token likeliest; mean_kl: in nats per token; tokens: how
+    many were compared; measured_on: blocks of the user's file, or the original's own answers.
     """
 
-    group_size: int
-    symmetric: bool
-    ignore: tuple[str, ...]
-    calibration_samples: int
-    calibration_tokens: int
-    seed: int
-    calibration: str = "self"
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def canonical(self) -> bytes:
-        return _canonical(asdict(self))
+    perplexity_before: float
+    perplexity_after: float
+    top1_agreement: float
+    mean_kl: float
+    tokens: int
+    measured_on: Literal["self", "file"]
 
     @property
-    def digest(self) -> str:
-        return hashlib.sha256(self.canonical()).hexdigest()
+    def perplexity_increase(self) -> float:
+        return self.perplexity_after / self.perplexity_before - 1
 
-
-def choose_recipe(
-    config: Mapping[str, Any],
-    *,
-    samples: int = 16,
-    tokens: int = 256,
-    calibration: Calibration | None = None,
-) -> AwqRecipe:
-    """The recipe for a model, from its config.json alone.
-
-    samples, tokens: calibration blocks and tokens in each. Raises ModelError for a model that is quantized
-    already, is not a dense decoder-only text model known to work, or has shapes that no group size divides.
-    """
-    architecture = _supported_architecture(config)
-    features = _input_features(config, architecture)
-    for size in GROUP_SIZES:
-        if all(count % size == 0 for count in features.values()):
-            return AwqRecipe(
-                group_size=size,
-                symmetric=SYMMETRIC,
-                ignore=("lm_head",),
-                calibration_samples=samples,
-                calibration_tokens=tokens,
-                seed=0,
-                calibration=f"sha256:{calibration.digest}" if calibration else "self",
-            )
-    shapes = ", ".join(f"{name} {count}" for name, count in features.items())
-    raise ModelError(
-        f"cannot quantize {architecture} with AWQ: {shapes}",
-        why=f"No group size of {', '.join(map(str, GROUP_SIZES))} divides all of these input features.",
-        fix="Build without --quantize.",
-    )
-
-
-def _supported_architecture(config: Mapping[str, Any]) -> str:
-    architecture = (config.get("architectures") or ["(no architecture)"])[0]
-    quantized = config.get("quantization_config")
-    if quantized:
-        method = quantized.get("quant_method", "unknown") if isinstance(quantized, Mapping) else "unknown"
-        raise ModelError(
-            f"the model is quantized already (quant_method {method})",
-            why="AWQ starts from 16-bit or 32-bit weights.",
-            fix="Build without --quantize: vLLM takes the method from config.json.",
+    def describe(self) -> str:
+        return (
+            f"perplexity {self.perplexity_before:.3f} -> {self.perplexity_after:.3f} "
+            f"({self.perplexity_increase:+.2%}), same next token {self.top1_agreement:.1%}, "
+            f"KL {self.mean_kl:.4f} over {self.tokens} held-out tokens"
         )
-    experts = any((config.get(key) or 0) > 1 for key in _EXPERT_KEYS)
-    if experts or re.search(r"moe|mixtral", architecture, re.IGNORECASE):
-        raise ModelError(
-            f"--quantize awq does not support the mixture-of-experts model {architecture}",
-            why="Its experts need calibration of their own, and int4 experts do not run on every device.",
-            fix="Build without --quantize, or name a checkpoint that its authors quantized.",
-        )
-    if architecture not in SUPPORTED_ARCHITECTURES:
-        raise ModelError(
-            f"--quantize awq does not support {architecture}",
-            why=f"Supported: {', '.join(sorted(SUPPORTED_ARCHITECTURES))}.",
-            fix="Build without --quantize, or name a checkpoint that its authors quantized.",
-        )
-    return str(architecture)
 
 
-def _input_features(config: Mapping[str, Any], architecture: str) -> dict[str, int]:
-    """Input features of every linear layer that is quantized: q/k/v/gate/up, down and o projections."""
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        attention = heads * int(config.get("head_dim") or hidden // heads)
+class Measurements(BaseModel):
+    """What the job found out about its own run: quality, cost, and the releases that did it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    quality: Quality
+    parameters: int
+    seconds: float
+    peak_memory_bytes: int
+    peak_gpu_bytes: int | None
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A finished quantization: its folder of weights, the recipe, and what was measured when it was made."""
+
+    folder: Path
+    recipe: Recipe
+    measurements: Measurements
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's "quantization" object."""
+        quality = self.measurements.quality
         return {
-            "hidden_size": hidden,
-            "intermediate_size": int(config["intermediate_size"]),
-            "attention": attention,
+            **asdict(self.recipe),
+            "ignore": list(self.recipe.ignore),
+            "description": self.recipe.describe(),
+            "format": METHODS[self.recipe.method].format,
+            **self.measurements.model_dump(mode="json"),
+            "quality": {
+                **quality.model_dump(mode="json"),
+                "perplexity_increase": quality.perplexity_increase,
+            },
         }
-    except KeyError as missing:
+
+    def require_quality(self, limit: float | None) -> None:
+        """Raises ModelError where the perplexity rose by more than `limit`: 0.05 is five per cent."""
+        quality = self.measurements.quality
+        if limit is None or quality.perplexity_increase <= limit:
+            return
+        calibrated = METHODS[self.recipe.method].calibrated
+        better = (
+            "Raise --calibration-samples, give --calibration text like the model's use, or try" * calibrated
+        )
         raise ModelError(
-            f"config.json of this {architecture} has no {missing.args[0]}",
-            why="AWQ's group size is chosen from the model's shapes.",
-            fix="Check that the model is complete, or build without --quantize.",
-        ) from None
+            f"quantizing with {METHODS[self.recipe.method].title} raised perplexity by "
+            f"{quality.perplexity_increase:.2%}, more than --max-perplexity-increase {limit:.2%}",
+            why=f"{quality.describe()}.",
+            fix=f"{better or 'Try'} another method, or allow more: the result is kept and not made again.",
+        )
 
 
-def result_digest(lock: ModelLock, recipe: AwqRecipe) -> str:
+def result_digest(lock: ModelLock, recipe: Recipe) -> str:
     """sha256 (hex) of what a result is made from: lock, recipe, the quantizer's releases, its job."""
     made_from = {
         "lock": lock.digest,
         "recipe": asdict(recipe),
+        "modifiers": recipe.modifiers(),
         "requirements": QUANTIZER_REQUIREMENTS,
         "job": hashlib.sha256(_JOB.read_bytes()).hexdigest(),
     }
@@ -212,86 +178,101 @@ def environment_folder(cache: Path) -> Path:
     return cache / "quantizer" / hashlib.sha256(_canonical(made_from)).hexdigest()
 
 
-def finished_result(snapshot: ModelSnapshot, recipe: AwqRecipe, *, cache: Path) -> Path | None:
-    """The folder that `quantize_awq` made earlier, if it did. Runs nothing."""
+def finished_result(snapshot: ModelSnapshot, recipe: Recipe, *, cache: Path) -> Quantized | None:
+    """What `quantize` made earlier, if it did. Runs nothing."""
     folder = _result_folder(snapshot.lock, result_digest(snapshot.lock, recipe), cache.absolute())
-    return folder if folder.is_dir() else None
+    return _read(folder, recipe) if folder.is_dir() else None
 
 
 def _result_folder(lock: ModelLock, digest: str, cache: Path) -> Path:
     return cache / "quantized" / digest / lock.name.rsplit("/", 1)[-1]
 
 
-def quantize_awq(
+def _read(folder: Path, recipe: Recipe) -> Quantized:
+    measurements = (folder.parent / _MEASUREMENTS).read_bytes()
+    return Quantized(folder, recipe, Measurements.model_validate_json(measurements))
+
+
+def quantize(
     snapshot: ModelSnapshot,
-    recipe: AwqRecipe,
+    recipe: Recipe,
     *,
     cache: Path,
     reporter: Reporter,
     calibration: Calibration | None = None,
-) -> Path:
-    """Quantizes a snapshot, or finds the result of an earlier run.
+) -> Quantized:
+    """Quantizes a snapshot and measures the loss, or finds the result of an earlier run.
 
-    Returns the folder `cache/quantized/<digest>/<model>`: compressed-tensors (pack-quantized) safetensors and
-    config.json, and every other file of the snapshot unchanged. Raises HostError when disk space or Python's
-    venv is missing, BuildError with the end of the log when pip or the quantization fails. Nothing unfinished
-    stays behind.
+    The folder `cache/quantized/<digest>/<model>` holds compressed-tensors safetensors and config.json, and
+    every other file of the snapshot unchanged; beside it lies what was measured. Raises HostError when
+    memory, disk space or Python's venv is missing, BuildError with the end of the log when pip or the
+    quantization fails. Nothing unfinished stays behind.
     """
     cache = cache.absolute()
     digest = result_digest(snapshot.lock, recipe)
     finished = _result_folder(snapshot.lock, digest, cache)
     if not finished.is_dir():
-        with _exclusive(cache / "quantized" / f"{digest}.lock", "this model is being quantized", reporter):
+        with exclusive(cache / "quantized" / f"{digest}.lock", "this model is being quantized", reporter):
             if not finished.is_dir():
+                require_memory(snapshot.lock, recipe)
                 _require_disk_space(snapshot.lock, cache)
                 python = ensure_environment(cache, reporter)
                 _quantize_into(finished, snapshot, recipe, calibration, python, reporter)
-                return finished
-    reporter.note(f"AWQ weights of {snapshot.lock.name} are in the cache ({digest[:12]}).")
-    return finished
+                return _read(finished, recipe)
+    title = METHODS[recipe.method].title
+    reporter.note(f"{title} weights of {snapshot.lock.name} are in the cache ({digest[:12]}).")
+    return _read(finished, recipe)
 
 
 def _quantize_into(
     finished: Path,
     snapshot: ModelSnapshot,
-    recipe: AwqRecipe,
+    recipe: Recipe,
     calibration: Calibration | None,
     python: Path,
     reporter: Reporter,
 ) -> None:
-    partial = finished.parent.with_name(f".{finished.parent.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: the lock says that it is ours
-    try:
-        work, result = partial / "work", partial / "result" / finished.name
-        work.mkdir(parents=True)
-        result.mkdir(parents=True)
+    with finished_folder(finished.parent) as partial:
+        work, result = partial / ".work", partial / finished.name
+        work.mkdir()
+        result.mkdir()
         _run_job(snapshot, recipe, calibration, python, work, result, reporter)
-        _copy_unquantized_files(snapshot, result)
-        _make_readable(result.parent)
-        result.parent.rename(finished.parent)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            _copy_unquantized_files(snapshot, result)
+            (work / _MEASUREMENTS).rename(partial / _MEASUREMENTS)
+        except OSError as error:
+            raise HostError(
+                f"cannot finish the quantized {snapshot.lock.name} in {finished.parents[1]}",
+                why=f"{error.strerror}.",
+                fix="Free some disk space, and build again.",
+            ) from None
+        shutil.rmtree(work)
+        _make_readable(partial)
 
 
 def _run_job(
     snapshot: ModelSnapshot,
-    recipe: AwqRecipe,
+    recipe: Recipe,
     calibration: Calibration | None,
     python: Path,
     work: Path,
     result: Path,
     reporter: Reporter,
 ) -> None:
-    job, log = work / "job.json", work / "awq.log"
+    title = METHODS[recipe.method].title
+    job, log = work / "job.json", work / "job.log"
     fields = {
         "model": str(snapshot.root.absolute()),
         "output": str(result),
+        "measurements": str(work / _MEASUREMENTS),
         "recipe": asdict(recipe),
+        "modifiers": recipe.modifiers(),
+        "held_out_blocks": HELD_OUT_BLOCKS,
         "calibration": calibration.documents if calibration else None,
         "calibration_parquet": str(calibration.parquet) if calibration and calibration.parquet else None,
     }
     job.write_text(json.dumps(fields), encoding="utf-8")
-    with reporter.task(f"Quantizing {snapshot.lock.name} with AWQ", 100, "percent") as task:
+    with reporter.task(f"Quantizing {snapshot.lock.name} with {title}", 100, "percent") as task:
         done = 0
 
         def on_line(line: str) -> bool:
@@ -309,9 +290,10 @@ def _run_job(
         # -I: neither this folder's modules nor the user's site-packages can be imported by the job.
         command = [str(python), "-I", str(_JOB), str(job)]
         code = _run(command, cwd=work, env=job_environment(os.environ, work), log=log, on_line=on_line)
-    if code != 0 or not (result / "config.json").is_file() or not list(result.glob("*.safetensors")):
+    whole = (result / "config.json").is_file() and list(result.glob("*.safetensors"))
+    if code != 0 or not whole or not (work / _MEASUREMENTS).is_file():
         raise BuildError(
-            f"quantizing {snapshot.lock.name} with AWQ failed",
+            f"quantizing {snapshot.lock.name} with {title} failed",
             why=_ending(code),
             fix="Build without --quantize, or report this with the log.",
             log=_tail(log),
@@ -383,7 +365,7 @@ def ensure_environment(cache: Path, reporter: Reporter) -> Path:
     """The Python of the quantizer's environment, which is made first where there is none."""
     environment = environment_folder(cache)
     python = environment / "bin" / "python"
-    with _exclusive(environment.with_suffix(".lock"), "the quantizer's environment is being made", reporter):
+    with exclusive(environment.with_suffix(".lock"), "the quantizer's environment is being made", reporter):
         if _is_complete(environment):
             return python
         # A virtual environment holds its own path, so it cannot be made elsewhere and renamed into place.
@@ -483,19 +465,6 @@ def _ending(code: int) -> str:
 
 def _tail(log: Path, lines: int = LOG_TAIL_LINES) -> str:
     return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-
-
-@contextmanager
-def _exclusive(lock: Path, busy: str, reporter: Reporter) -> Iterator[None]:
-    """Holds a file lock, and says whom it waits for. The file stays: deleting it would let two hold it."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reporter.note(f"Waiting: {busy} by another build.")
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _canonical(value: Any) -> bytes:

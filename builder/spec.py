@@ -6,18 +6,17 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
 
 from builder.errors import InputError
+from builder.methods import METHODS
 
 VLLM_VERSION = "0.32.0"
 DEFAULT_BASE = f"vllm/vllm-openai:v{VLLM_VERSION}"
 CPU_BASE = f"coldstart/base-cpu:vllm-{VLLM_VERSION}"
-
-QUANTIZATIONS = ("awq",)
 
 # Baked arguments end up in a layer, a label and `docker history`.
 _SECRET_FLAGS = frozenset({"--api-key", "--hf-token", "--ssl-keyfile-password"})
@@ -54,7 +53,8 @@ class ImageSpec(BaseModel):
 
     model: str
     revision: str | None = None
-    quantize: Literal["awq"] | None = None
+    quantize: str | None = None
+    max_perplexity_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     calibration: str | None = None
     calibration_samples: int = Field(default=16, ge=1, le=4096)
     calibration_tokens: int = Field(default=256, ge=16, le=32768)
@@ -75,6 +75,14 @@ class ImageSpec(BaseModel):
         # These stand unquoted in a Dockerfile and in printed commands.
         if value is not None and not _REFERENCE.fullmatch(value):
             raise ValueError(f"{value!r} is not a name of an image or a platform")
+        return value
+
+    @field_validator("max_perplexity_increase", mode="before")
+    @classmethod
+    def _ratio(cls, value: Any) -> Any:
+        """ "5%" is 0.05."""
+        if isinstance(value, str) and value.strip().endswith("%"):
+            return float(value.strip().removesuffix("%")) / 100
         return value
 
     @field_validator("engine_args", mode="before")
@@ -106,6 +114,10 @@ def load_spec(path: Path | None, flags: Mapping[str, Any]) -> ImageSpec:
         )
     if spec.calibration and not spec.quantize:
         raise InputError("calibration without quantization does nothing", fix="Add --quantize awq.")
+    if spec.max_perplexity_increase is not None and not spec.quantize:
+        raise InputError(
+            "--max-perplexity-increase without quantization does nothing", fix="Add --quantize awq."
+        )
     return spec
 
 
@@ -156,9 +168,9 @@ def _refuse_secret_keys(data: Mapping[str, Any]) -> None:
 
 
 def _check_quantization(value: Any) -> None:
-    if value is not None and value not in QUANTIZATIONS:
+    if value is not None and value not in METHODS:
         raise InputError(
-            f"unknown quantization {value!r}", fix=f"Supported: {', '.join(QUANTIZATIONS)}; or leave it out."
+            f"unknown quantization {value!r}", fix=f"Supported: {', '.join(METHODS)}; or leave it out."
         )
 
 

@@ -389,7 +389,7 @@ def test_ctrl_c_while_quantizing_leaves_nothing(model: str, base: str, tmp_path:
     assert code == 130, text
     assert "Traceback" not in text
     assert sorted(path.name for path in (cache / "quantized").iterdir() if path.is_dir()) == before
-    ours = f"awq_job.py {cache}"
+    ours = f"quantize_job.py {cache}"
     jobs = subprocess.run(["pgrep", "-f", ours], capture_output=True, text=True, check=False)
     assert jobs.stdout == ""
 

@@ -8,7 +8,7 @@ import pytest
 
 from builder import calibration
 from builder.errors import InputError
-from builder.quantize import choose_recipe
+from builder.recipe import choose_recipe
 from builder.report import SilentReporter
 from tests.models import CONFIG
 

@@ -124,7 +124,8 @@ def test_recipe_is_chosen_or_refused(folder: Path, name: str, value: Any) -> Non
 
     def choose(snapshot: ModelSnapshot) -> None:
         with suppress(ColdstartError):
-            build.choose_quantization(ImageSpec(model="m", quantize="awq"), snapshot, SilentReporter())
+            spec = ImageSpec(model="m", quantize="awq")
+            build.choose_quantization(spec, snapshot, build.guess_base(spec), SilentReporter())
 
     _refused_or(folder, choose)
 

@@ -471,3 +471,13 @@ def test_recipe_is_of_the_datasets_documents(hub: Hub, dataset: Hub, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["quantize_first"]
     assert dataset.bodies == ["data/train.jsonl"]
+
+
+def test_model_that_cannot_be_quantized_is_refused_before_its_weights_come(tmp_path: Path) -> None:
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "moe_intermediate_size": 128}
+    with serve(REPO, write_model(tmp_path / "repository", config=config)) as hub:
+        done = _plan(hub, tmp_path, REPO, "--quantize", "awq", "--base", "coldstart/base-cpu:any")
+        assert done.returncode == 3
+        assert "Qwen3MoeForCausalLM on CPUs" in done.stderr
+        assert any("config.json" in request for request in hub.requests)
+        assert not any("safetensors" in request for request in hub.requests)

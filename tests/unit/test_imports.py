@@ -23,7 +23,7 @@ _ONLY_IN = {
     "jinja2": {"builder/render.py"},
     "resvg_py": {"benchmarks/svg.py"},
     "vllm": {"runtime/engine.py", "runtime/template.py"},
-    "llmcompressor": {"builder/awq_job.py"},
+    "llmcompressor": {"builder/quantize_job.py"},
 }
 
 

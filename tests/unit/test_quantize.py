@@ -3,6 +3,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -16,45 +18,53 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from builder import quantize
+from builder import quantize as quantizing
 from builder.errors import BuildError, HostError, ModelError
 from builder.models import LockedFile, ModelSnapshot, parse_ref, resolve
+from builder.plan import BaseImage, make_plan
 from builder.quantize import (
     COMPLETE_MARKER,
-    GROUP_SIZES,
-    AwqRecipe,
-    choose_recipe,
     environment_folder,
     finished_result,
     job_environment,
-    quantize_awq,
+    quantize,
     result_digest,
 )
+from builder.recipe import Recipe
 from builder.report import SilentReporter, Task
+from builder.spec import ImageSpec
 from tests.models import write_model
 
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
+RECIPE = Recipe("awq", 64, False, ("lm_head",), 16, 256, 0)
+MEASUREMENTS: dict[str, Any] = {
+    "quality": {
+        "perplexity_before": 10.0,
+        "perplexity_after": 10.5,
+        "top1_agreement": 0.9,
+        "mean_kl": 0.02,
+        "tokens": 2040,
+        "measured_on": "self",
+    },
+    "parameters": 1000,
+    "seconds": 1.5,
+    "peak_memory_bytes": 10**9,
+    "peak_gpu_bytes": None,
+    "versions": {"llmcompressor": "0.14.0.1"},
 }
-RECIPE = AwqRecipe(64, False, ("lm_head",), 16, 256, 0)
 
 # Stands in for the job: leaves what a finished job leaves, and a line that is no progress.
-WRITES_A_RESULT = """
+WRITES_A_RESULT = f"""
 import json, pathlib, sys
 job = json.loads(pathlib.Path(sys.argv[-1]).read_text())
 output = pathlib.Path(job["output"])
-print(json.dumps({"progress": 0.5, "detail": "layer 1 of 2"}), flush=True)
+print(json.dumps({{"progress": 0.5, "detail": "layer 1 of 2"}}), flush=True)
 print("a library says hello", flush=True)
-(output / "config.json").write_text(json.dumps({"quantization_config": job["recipe"]}))
+(output / "config.json").write_text(json.dumps({{"quantization_config": job["recipe"]}}))
 (output / "model.safetensors").write_bytes(b"int4")
 (output / "model.safetensors").chmod(0o600)
-print(json.dumps({"progress": 1.0, "detail": "done"}), flush=True)
+pathlib.Path(job["measurements"]).write_text({json.dumps(MEASUREMENTS)!r})
+print(json.dumps({{"progress": 1.0, "detail": "done"}}), flush=True)
 """
 
 
@@ -104,79 +114,17 @@ def _left_behind(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "quantized").iterdir() if path.suffix != ".lock")
 
 
-@pytest.mark.parametrize(
-    ("config", "group_size"),
-    [
-        ({}, 128),
-        # SmolLM2-135M
-        ({"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64}, 64),
-        # Qwen2.5-0.5B: no head_dim in its config.json
-        (
-            {
-                "architectures": ["Qwen2ForCausalLM"],
-                "hidden_size": 896,
-                "intermediate_size": 4864,
-                "num_attention_heads": 14,
-            },
-            128,
-        ),
-        # only the input of o_proj, 5 heads of 32, is not a multiple of 64
-        ({"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 5, "head_dim": 32}, 32),
-        ({"architectures": ["Gemma3ForCausalLM"], "hidden_size": 640, "intermediate_size": 2048}, 128),
-    ],
-)
-def test_group_size_is_the_largest_that_divides_every_input(config: dict[str, Any], group_size: int) -> None:
-    assert choose_recipe(LLAMA | config) == dataclasses.replace(RECIPE, group_size=group_size)
-
-
-@given(hidden=st.integers(1, 300), intermediate=st.integers(1, 300), heads=st.integers(1, 40))
-def test_group_size_divides_or_the_model_is_refused(hidden: int, intermediate: int, heads: int) -> None:
-    shapes = [hidden * 16, intermediate * 16, heads * 16]
-    keys = {"hidden_size": shapes[0], "intermediate_size": shapes[1], "num_attention_heads": heads}
-    fitting = [size for size in GROUP_SIZES if all(shape % size == 0 for shape in shapes)]
-    if fitting:
-        assert choose_recipe(LLAMA | keys | {"head_dim": 16}).group_size == max(fitting)
-    else:
-        with pytest.raises(ModelError, match="cannot quantize"):
-            choose_recipe(LLAMA | keys | {"head_dim": 16})
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"hidden_size": 100, "num_attention_heads": 10}, "hidden_size 100.*No group size of 128, 64, 32"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized already \(quant_method gptq\)"),
-        ({"architectures": ["Qwen3MoeForCausalLM"]}, "mixture-of-experts model Qwen3MoeForCausalLM"),
-        ({"architectures": ["MixtralForCausalLM"]}, "mixture-of-experts model MixtralForCausalLM"),
-        ({"num_local_experts": 8}, "mixture-of-experts"),
-        (
-            {"architectures": ["Qwen2VLForConditionalGeneration"]},
-            "does not support Qwen2VL.*LlamaForCausalLM",
-        ),
-        ({"architectures": None}, "does not support"),
-    ],
-)
-def test_models_that_awq_would_spoil_are_refused(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(ModelError, match=message) as refused:
-        choose_recipe(LLAMA | config)
-    assert "Build without --quantize" in refused.value.fix
-
-
-def test_config_without_shapes_is_refused_by_the_missing_key() -> None:
-    with pytest.raises(ModelError, match="has no intermediate_size"):
-        choose_recipe({key: value for key, value in LLAMA.items() if key != "intermediate_size"})
-
-
 def test_recipe_has_stable_canonical_bytes() -> None:
     assert RECIPE.canonical() == (
         b'{"calibration":"self","calibration_samples":16,"calibration_tokens":256,"group_size":64,'
-        b'"ignore":["lm_head"],"seed":0,"symmetric":false}'
+        b'"ignore":["lm_head"],"method":"awq","seed":0,"symmetric":false}'
     )
 
 
 @pytest.mark.parametrize(
     "changed",
     [
+        {"method": "gptq"},
         {"group_size": 32},
         {"symmetric": True},
         {"ignore": ()},
@@ -199,7 +147,7 @@ def test_result_digest_depends_on_the_model_and_the_quantizer(
     digest = result_digest(snapshot.lock, RECIPE)
     assert result_digest(snapshot.lock, RECIPE) == digest
     assert result_digest(snapshot.lock.model_copy(update={"revision": "abc"}), RECIPE) != digest
-    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", ("llmcompressor==9.9",))
+    monkeypatch.setattr(quantizing, "QUANTIZER_REQUIREMENTS", ("llmcompressor==9.9",))
     assert result_digest(snapshot.lock, RECIPE) != digest
 
 
@@ -207,9 +155,12 @@ def test_cached_result_is_returned_and_nothing_runs(snapshot: ModelSnapshot, cac
     assert finished_result(snapshot, RECIPE, cache=cache) is None
     folder = cache / "quantized" / result_digest(snapshot.lock, RECIPE) / "tiny"
     folder.mkdir(parents=True)
+    (folder.parent / "measurements.json").write_text(json.dumps(MEASUREMENTS))
     reporter = RecordingReporter()
-    assert quantize_awq(snapshot, RECIPE, cache=cache, reporter=reporter) == folder
-    assert finished_result(snapshot, RECIPE, cache=cache) == folder
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=reporter)
+    assert done.folder == folder
+    assert done == finished_result(snapshot, RECIPE, cache=cache)
+    assert done.measurements.model_dump(mode="json") == MEASUREMENTS
     assert "in the cache" in reporter.notes[0]
     assert not (cache / "quantizer").exists()
 
@@ -219,20 +170,55 @@ def test_result_has_the_new_weights_and_the_models_own_small_files(
 ) -> None:
     _prepared_environment(cache, WRITES_A_RESULT)
     reporter = RecordingReporter()
-    folder = quantize_awq(snapshot, RECIPE, cache=cache, reporter=reporter)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=reporter)
+    folder = done.folder
     assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (folder / "tokenizer.json").read_bytes() == (snapshot.root / "tokenizer.json").read_bytes()
     assert json.loads((folder / "config.json").read_text())["quantization_config"]["group_size"] == 64
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o644}
+    assert {path.name for path in folder.parent.iterdir()} == {"tiny", "measurements.json"}
     assert _left_behind(cache) == [result_digest(snapshot.lock, RECIPE)]
     assert reporter.tasks == [("Quantizing tiny with AWQ", 100, "percent")]
     assert (reporter.details, sum(reporter.amounts)) == (["layer 1 of 2", "done"], 100)
 
 
+def test_manifest_says_recipe_quality_and_cost(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    said = json.loads(json.dumps(done.to_json()))
+    assert (said["method"], said["format"], said["group_size"], said["ignore"]) == (
+        "awq",
+        "int4",
+        64,
+        ["lm_head"],
+    )
+    assert said["quality"]["perplexity_increase"] == pytest.approx(0.05)
+    assert (said["seconds"], said["peak_memory_bytes"]) == (1.5, 10**9)
+    plan = make_plan(ImageSpec(model="tiny"), snapshot.lock, BaseImage("base", None, "cpu"), said)
+    assert plan.manifest["quantization"] == said
+    labels = dict(plan.labels)
+    assert labels["dev.coldstart.quantization.perplexity-increase"] == "0.0500"
+    assert labels["dev.coldstart.quantization.method"] == "awq"
+    assert "groups of 64, asymmetric" in labels["dev.coldstart.quantization.recipe"]
+
+
+def test_too_great_a_loss_is_refused_and_the_result_kept(snapshot: ModelSnapshot, cache: Path) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    done.require_quality(None)
+    done.require_quality(0.0501)
+    with pytest.raises(ModelError, match=r"raised perplexity by 5\.00%.* 4\.00%.*--calibration-samples"):
+        done.require_quality(0.04)
+    assert finished_result(snapshot, RECIPE, cache=cache) == done
+    uncalibrated = dataclasses.replace(done, recipe=dataclasses.replace(RECIPE, method="rtn"))
+    with pytest.raises(ModelError, match=r"Try another method"):
+        uncalibrated.require_quality(0)
+
+
 def test_failing_job_shows_its_log_and_leaves_nothing(snapshot: ModelSnapshot, cache: Path) -> None:
     _prepared_environment(cache, WRITES_A_RESULT + "raise RuntimeError('scales are NaN')")
     with pytest.raises(BuildError, match=r"quantizing tiny with AWQ failed Exit code 1\.") as failed:
-        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+        quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
     assert "a library says hello" in failed.value.log
     assert "RuntimeError: scales are NaN" in failed.value.log
     assert _left_behind(cache) == []
@@ -241,13 +227,13 @@ def test_failing_job_shows_its_log_and_leaves_nothing(snapshot: ModelSnapshot, c
 def test_killed_job_is_reported_as_out_of_memory(snapshot: ModelSnapshot, cache: Path) -> None:
     _prepared_environment(cache, "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(BuildError, match="memory ran out"):
-        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+        quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
 
 
 def test_job_that_leaves_no_weights_is_a_failure(snapshot: ModelSnapshot, cache: Path) -> None:
     _prepared_environment(cache, "pass")
     with pytest.raises(BuildError, match="no weights"):
-        quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+        quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
     assert _left_behind(cache) == []
 
 
@@ -277,7 +263,7 @@ time.sleep(60)
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        quantize_awq(snapshot, RECIPE, cache=cache, reporter=Interrupting())
+        quantize(snapshot, RECIPE, cache=cache, reporter=Interrupting())
     pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
     deadline = time.monotonic() + 5
     while any(map(_is_running, pids)) and time.monotonic() < deadline:
@@ -290,8 +276,79 @@ def test_rest_of_a_killed_build_is_replaced(snapshot: ModelSnapshot, cache: Path
     _prepared_environment(cache, WRITES_A_RESULT)
     rest = cache / "quantized" / f".{result_digest(snapshot.lock, RECIPE)}.partial" / "result"
     rest.mkdir(parents=True)
-    quantize_awq(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
     assert not rest.exists()
+
+
+def test_job_that_measured_nothing_is_a_failure(snapshot: ModelSnapshot, cache: Path) -> None:
+    lines = [line for line in WRITES_A_RESULT.splitlines() if "measurements" not in line]
+    _prepared_environment(cache, "\n".join(lines))
+    with pytest.raises(BuildError, match="failed"):
+        quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert _left_behind(cache) == []
+
+
+def _write_limit(limit: int) -> str:
+    """Python that makes every further write past `limit` bytes of a file fail, as a full disk does."""
+    return (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+    )
+
+
+def test_disk_that_fills_in_the_job_leaves_nothing(snapshot: ModelSnapshot, cache: Path) -> None:
+    bigger = WRITES_A_RESULT.replace('b"int4"', "bytes(100_000)")
+    _prepared_environment(cache, _write_limit(50_000) + bigger)
+    with pytest.raises(BuildError, match="failed") as failed:
+        quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert "File too large" in failed.value.log
+    assert _left_behind(cache) == []
+    assert finished_result(snapshot, RECIPE, cache=cache) is None
+
+
+def test_disk_that_fills_after_the_job_is_told_and_leaves_nothing(
+    snapshot: ModelSnapshot, cache: Path
+) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT)
+    (snapshot.root / "tokenizer.json").write_bytes(bytes(100_000))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    try:
+        with pytest.raises(HostError, match=r"cannot finish .*File too large"):
+            quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert _left_behind(cache) == []
+
+
+def test_killed_build_is_not_taken_for_whole(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
+    written = tmp_path / "written"
+    waits = f"import time; pathlib.Path({str(written)!r}).touch(); time.sleep(60)\n"
+    _prepared_environment(cache, WRITES_A_RESULT + waits)
+    code = (
+        "import sys; from pathlib import Path; from tests.unit.test_quantize import *; "
+        "quantize(resolve(parse_ref(sys.argv[1]), SilentReporter()), RECIPE, "
+        "cache=Path(sys.argv[2]), reporter=SilentReporter())"
+    )
+    root = Path(__file__).parents[2]
+    build = subprocess.Popen(
+        [sys.executable, "-c", code, str(snapshot.root), str(cache)],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        cwd=root,
+    )
+    deadline = time.monotonic() + 60
+    while not written.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    build.kill()
+    build.wait()
+    assert any(path.name.endswith(".partial") for path in (cache / "quantized").iterdir())
+    assert finished_result(snapshot, RECIPE, cache=cache) is None
+    shutil.rmtree(environment_folder(cache))
+    _prepared_environment(cache, WRITES_A_RESULT)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert _left_behind(cache) == [done.folder.parent.name]
 
 
 def test_two_builds_at_once_quantize_once(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
@@ -301,7 +358,7 @@ def test_two_builds_at_once_quantize_once(snapshot: ModelSnapshot, cache: Path, 
     )
     reporters = [RecordingReporter(), RecordingReporter()]
     threads = [
-        threading.Thread(target=quantize_awq, args=(snapshot, RECIPE), kwargs={"cache": cache, "reporter": r})
+        threading.Thread(target=quantize, args=(snapshot, RECIPE), kwargs={"cache": cache, "reporter": r})
         for r in reporters
     ]
     for thread in threads:
@@ -335,7 +392,7 @@ def test_too_little_disk_space_is_said_before_anything_starts(snapshot: ModelSna
     huge = LockedFile(path="model.safetensors", size=10**18, sha256="0" * 64)
     lock = snapshot.lock.model_copy(update={"files": (huge,)})
     with pytest.raises(HostError, match=r"needs 93132257\d\.\d GiB"):
-        quantize_awq(ModelSnapshot(lock, snapshot.root), RECIPE, cache=cache, reporter=SilentReporter())
+        quantize(ModelSnapshot(lock, snapshot.root), RECIPE, cache=cache, reporter=SilentReporter())
     assert not environment_folder(cache).exists()
 
 
@@ -356,27 +413,29 @@ def _wheel(folder: Path) -> Path:
 def test_environment_is_made_once_and_an_unfinished_one_is_replaced(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", (str(_wheel(tmp_path)),))
+    monkeypatch.setattr(quantizing, "QUANTIZER_REQUIREMENTS", (str(_wheel(tmp_path)),))
     monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
     unfinished = environment_folder(cache) / "lib" / "half"
     unfinished.mkdir(parents=True)
     first = RecordingReporter()
-    python = quantize.ensure_environment(cache, first)
+    python = quantizing.ensure_environment(cache, first)
     assert not unfinished.exists()
     assert not (tmp_path / "elsewhere").exists()
     assert "virtual environment" in first.details
     subprocess.run([python, "-I", "-c", "import stand_in; assert stand_in.VALUE == 41"], check=True)
     second = RecordingReporter()
-    assert quantize.ensure_environment(cache, second) == python
+    assert quantizing.ensure_environment(cache, second) == python
     assert second.tasks == []
 
 
 def test_environment_that_cannot_be_installed_shows_pips_log_and_leaves_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize, "QUANTIZER_REQUIREMENTS", (str(tmp_path / "missing-1.0-py3-none-any.whl"),))
+    monkeypatch.setattr(
+        quantizing, "QUANTIZER_REQUIREMENTS", (str(tmp_path / "missing-1.0-py3-none-any.whl"),)
+    )
     with pytest.raises(BuildError, match="cannot install the quantizer") as failed:
-        quantize.ensure_environment(cache, SilentReporter())
+        quantizing.ensure_environment(cache, SilentReporter())
     assert "missing-1.0" in failed.value.log
     assert not environment_folder(cache).exists()
 
@@ -384,7 +443,7 @@ def test_environment_that_cannot_be_installed_shows_pips_log_and_leaves_nothing(
 def test_environment_whose_python_is_gone_is_not_used(cache: Path) -> None:
     _prepared_environment(cache, "")
     python = environment_folder(cache) / "bin" / "python"
-    assert quantize._is_complete(environment_folder(cache))
+    assert quantizing._is_complete(environment_folder(cache))
     python.unlink()
     python.symlink_to(cache / "removed-python")
-    assert not quantize._is_complete(environment_folder(cache))
+    assert not quantizing._is_complete(environment_folder(cache))

@@ -1,0 +1,175 @@
+"""What each quantization setting loses, on more than one model, and what quantizing takes.
+
+    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost]
+
+Every setting is compared with round-to-nearest at equal group size and symmetry. Finished runs are kept in
+OUT.json and not repeated, so an interrupted study goes on where it was. `--train` adds a small model trained
+here, `--cost` random Llamas of two sizes, and prints the lines that builder/quantization_cost.py keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from builder.build import cache_folder
+from builder.calibration import Calibration
+from builder.methods import METHODS
+from builder.methods.awq import AWQ
+from builder.methods.method import Modifier
+from builder.models import ModelSnapshot, parse_ref, resolve
+from builder.quantize import ensure_environment, job_environment, quantize
+from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe
+from builder.report import SilentReporter
+
+SMALL_MODELS = Path(__file__).with_name("small_models.py")
+TRAINED = "stdlib-llama-5M"
+# hidden size and layers: 53 and 172 million parameters
+RANDOM = {"random-53M": (640, 9), "random-172M": (1024, 12)}
+VARIANTS = {
+    f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
+    for value in (True, False)
+}
+# What differs from the recipe that `coldstart build` would choose.
+SETTINGS: tuple[Mapping[str, Any], ...] = (
+    {"method": "rtn"},
+    {"method": "awq"},
+    {"method": "gptq"},
+    {"method": "rtn", "symmetric": True},
+    {"method": "awq", "symmetric": True},
+    {"method": "gptq", "symmetric": True},
+    {"method": "awq", "calibration_samples": 32},
+    {"method": "awq", "calibration_samples": 64},
+    {"method": "awq", "calibration_samples": 8, "calibration_tokens": 512},
+    {"method": "gptq", "calibration_samples": 64},
+    {"method": "awq-duo-True"},
+    {"method": "awq-duo-False"},
+)
+# Groups of 32 are the grid that SmolLM2 here was dequantized from: nothing is lost on it by construction.
+SMALL_GROUPS: tuple[Mapping[str, Any], ...] = (
+    {"method": "rtn", "group_size": 32},
+    {"method": "awq", "group_size": 32},
+    {"method": "gptq", "group_size": 32},
+)
+
+
+def _small_model(folder: Path, *arguments: str) -> None:
+    if (folder / "config.json").exists():
+        return
+    python = ensure_environment(cache_folder().absolute(), SilentReporter())
+    folder.mkdir(parents=True, exist_ok=True)
+    kind, *numbers = arguments
+    subprocess.run(
+        [python, "-I", SMALL_MODELS, kind, folder, *numbers],
+        env=job_environment(os.environ, folder.parent),
+        check=True,
+    )
+
+
+def _library_texts() -> Calibration:
+    """The modules that the trained model has not seen."""
+    from benchmarks.small_models import corpus
+
+    return Calibration(tuple(text for i, text in enumerate(corpus()) if i % 10 == 0))
+
+
+def _runs(
+    models: Mapping[str, Path], cost: Mapping[str, Path]
+) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
+    """Setting by setting, so that an interrupted study has comparable runs of every model."""
+    for method in ("awq", "rtn"):
+        yield from ((name, folder, {"method": method}) for name, folder in cost.items())
+    for setting in SETTINGS + SMALL_GROUPS:
+        for name, folder in models.items():
+            if setting.get("group_size") != 32 or "SmolLM2" not in name:
+                yield name, folder, setting
+
+
+def _measure(snapshot: ModelSnapshot, name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
+    documents = _library_texts() if name == TRAINED else None
+    chosen = choose_recipe(snapshot.config, method="awq", device="cpu", calibration=documents)
+    recipe: Recipe = replace(chosen, **setting)
+    if not METHODS[recipe.method].calibrated:
+        recipe = replace(recipe, calibration_samples=0)
+    done = quantize(snapshot, recipe, cache=cache_folder(), reporter=SilentReporter(), calibration=documents)
+    return {"model": name, "setting": dict(setting), **done.to_json()}
+
+
+def _print_table(runs: list[dict[str, Any]]) -> None:
+    print(
+        "| model | method | group | symmetric | calibration | perplexity | increase | same next token | KL |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for run in runs:
+        quality, samples = run["quality"], run["calibration_samples"]
+        cells = (
+            run["model"],
+            run["method"],
+            run["group_size"],
+            "yes" if run["symmetric"] else "no",
+            f"{samples} x {run['calibration_tokens']}" if samples else "none",
+            f"{quality['perplexity_before']:.3f} -> {quality['perplexity_after']:.3f}",
+            f"{quality['perplexity_increase']:+.2%}",
+            f"{quality['top1_agreement']:.1%}",
+            f"{quality['mean_kl']:.4f}",
+        )
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def _print_cost(runs: list[dict[str, Any]]) -> None:
+    """The line through the two random models, for each kind of method."""
+    for method in ("awq", "rtn"):
+        points = sorted(
+            (run["parameters"], run["peak_memory_bytes"], run["seconds"], run["calibration_samples"])
+            for run in runs
+            if run["model"] in RANDOM and run["method"] == method
+        )
+        if len(points) != len(RANDOM):
+            continue
+        (small, few, quick, samples), (large, much, slow, _) = points
+        tokens = (samples + HELD_OUT_BLOCKS) * 256
+        memory, time = (much - few) / (large - small), (slow - quick) / (large - small)
+        constant = quick - time * small
+        if constant < 0:  # one noisy run: then the larger model's rate alone
+            constant, time = 0.0, slow / large
+        print(
+            f"{method}: {few - memory * small:.3g} bytes + {memory:.3g} a parameter; "
+            f"{constant:.3g} s + {time / tokens:.3g} a parameter and token"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what quantization settings lose.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--train", type=float, metavar="SECONDS")
+    parser.add_argument("--cost", action="store_true")
+    chosen = parser.parse_args()
+    folder = cache_folder().absolute() / "benchmark-models"
+    models = {name: Path(path) for name, _, path in (pair.partition("=") for pair in chosen.model)}
+    if chosen.train:
+        models[TRAINED] = folder / TRAINED
+    cost = {name: folder / name for name in RANDOM} if chosen.cost else {}
+    METHODS.update(VARIANTS)  # type: ignore[attr-defined]
+    runs: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
+    for name, path, setting in _runs(models, cost):
+        if any(run["model"] == name and run["setting"] == setting for run in runs):
+            continue
+        if name == TRAINED:
+            _small_model(path, "train", str(chosen.train))
+        elif name in RANDOM:
+            _small_model(path, "random", *map(str, RANDOM[name]))
+        runs.append(_measure(resolve(parse_ref(str(path)), SilentReporter()), name, setting))
+        chosen.out.write_text(json.dumps(runs, indent=1) + "\n")
+    _print_table([run for run in runs if run["model"] not in RANDOM])
+    _print_cost(runs)
+
+
+if __name__ == "__main__":
+    main()

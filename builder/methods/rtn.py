@@ -1,0 +1,13 @@
+"""Round to nearest: no calibration. Quick, and what every other method has to beat."""
+
+from __future__ import annotations
+
+from builder.methods.method import DENSE, Method, Modifier
+
+RTN = Method(
+    title="round-to-nearest",
+    format="int4",
+    architectures=DENSE,
+    calibrated=False,
+    quantizer=Modifier("llmcompressor.modifiers.quantization:QuantizationModifier"),
+)

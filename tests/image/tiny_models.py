@@ -1,0 +1,84 @@
+"""Runs on the quantizer's Python: `make FOLDER` writes tiny models, `logprobs OUT FOLDER...` scores a text.
+
+Weights are random, but larger than an initialisation's, so that each model has opinions to agree with.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TEXT = list(range(3, 67))  # token ids
+SHAPE: dict[str, Any] = {
+    "vocab_size": 272,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"head_dim": 32}),  # its own is hidden size over heads
+    "gemma": ("GemmaConfig", {"tie_word_embeddings": True}),
+    "gemma2": ("Gemma2Config", {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    "gemma3": ("Gemma3TextConfig", {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    ),
+}
+CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant: "
+
+
+def make(folder: Path) -> None:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    bytewise = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=bytewise, bos_token="<s>", eos_token="</s>", chat_template=CHAT
+    )
+    for name, (config, own) in ARCHITECTURES.items():
+        torch.manual_seed(0)
+        described = getattr(transformers, config)(**{**SHAPE, **own})
+        model = transformers.AutoModelForCausalLM.from_config(described, dtype=torch.bfloat16)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def logprobs(out: Path, folders: list[str]) -> None:
+    """For each folder: the likeliest token after each of TEXT, and the log-probability of the next one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = {}
+    for folder in folders:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        with torch.inference_mode():
+            scores = torch.log_softmax(model(torch.tensor([TEXT])).logits[0].float(), dim=-1)[:-1]
+        following = scores.gather(1, torch.tensor(TEXT[1:])[:, None])[:, 0]
+        found[folder] = {"top": scores.argmax(1).tolist(), "following": following.tolist()}
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "make":
+        make(Path(sys.argv[2]))
+    else:
+        logprobs(Path(sys.argv[2]), sys.argv[3:])

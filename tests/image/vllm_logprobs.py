@@ -1,0 +1,27 @@
+"""Runs inside the base image: `TOKENS FOLDER...` scores a text (a JSON list) with each model."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    text = json.loads(sys.argv[1])
+    found = {}
+    for folder in sys.argv[2:]:
+        llm = LLM(
+            folder, enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 26, dtype="bfloat16"
+        )
+        wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
+        scored = llm.generate({"prompt_token_ids": text}, wanted)[0].prompt_logprobs
+        rows = [row for row in scored if row]
+        found[folder] = {
+            "top": [next(token for token, entry in row.items() if entry.rank == 1) for row in rows],
+            "following": [row[token].logprob for row, token in zip(rows, text[1:], strict=True)],
+        }
+        del llm
+        gc.collect()
+    print("\nRESULT " + json.dumps(found))

@@ -1,0 +1,50 @@
+"""The job's own arithmetic; what needs torch is tested with real models in tests/image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from builder.quantize_job import HELD_OUT_PROMPTS, PROMPTS, document_blocks, split_blocks
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": list(text.encode())}
+
+    def apply_chat_template(self, chat: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
+        return self("".join(message["content"] for message in chat))
+
+
+def test_text_to_measure_on_comes_from_other_prompts() -> None:
+    assert not set(PROMPTS) & set(HELD_OUT_PROMPTS)
+
+
+def test_documents_become_blocks_of_one_length() -> None:
+    documents = ["abcd", [{"role": "user", "content": "efgh"}], "ij"]
+    assert document_blocks(Bytes(), documents, samples=9, tokens=3) == [
+        list(b"abc"),
+        list(b"def"),
+        list(b"ghi"),
+    ]
+    with pytest.raises(SystemExit, match="has 10 tokens; one block needs 16"):
+        document_blocks(Bytes(), documents, samples=9, tokens=16)
+
+
+@given(count=st.integers(1, 60), samples=st.integers(0, 40))
+def test_nothing_measured_on_was_calibrated_on(count: int, samples: int) -> None:
+    blocks = [[i] for i in range(count)]
+    kept, held_out = split_blocks(blocks, samples, 8)
+    assert not {block[0] for block in kept} & {block[0] for block in held_out}
+    assert len(kept) <= samples
+    assert len(kept) >= min(samples, count - count // 5 - 8)
+    if count >= 8 + max(samples, 8):
+        assert held_out == [[i] for i in range(1, 16, 2)]
+        assert len(kept) == samples
+    else:
+        assert len(held_out) == min(8, count // 5)
