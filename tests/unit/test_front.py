@@ -175,3 +175,11 @@ def test_retiring_answers_what_is_queued_and_resets_nobody() -> None:
             assert refused or (isinstance(answer, bytes) and answer.startswith(b"HTTP/1.1 200 ")), answer
 
     _with_front(scenario)
+
+
+def test_answers_are_not_held_back() -> None:
+    """Nagle's algorithm and delayed acknowledgements cost 40 ms a request on a kept connection."""
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1
