@@ -133,8 +133,6 @@ class Client:
 def count_stream(answer: Answer, tokens: int, tally: Tally) -> None:
     """Is this the whole stream, or one that ends with an error, or neither?"""
     events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
-    if answer.status != 200:
-        return
     if not events or events[-1] != "[DONE]":
         tally.lost.append("a stream ended without [DONE]")
         return
@@ -167,10 +165,10 @@ async def stream(
     client = Client(target, tally)
     while not stop.is_set():
         answer = await client.ask(target.complete(tokens, stream=True), running.set)
-        if answer is None:
-            await asyncio.sleep(_PAUSE_SECONDS)
-        else:
+        if answer is not None and answer.status == 200:
             count_stream(answer, tokens, tally)
+        else:
+            await asyncio.sleep(_PAUSE_SECONDS)
     client.close()
 
 

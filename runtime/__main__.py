@@ -26,7 +26,7 @@ _PRINT_CONFIG = ("--print-config", "--print-config=text", "--print-config=json")
 def _stop(message: str, code: int) -> int:
     from runtime import logs
 
-    logs.say(message, "error")
+    logs.say(f"exit {code}: {message}", "error")
     return code
 
 

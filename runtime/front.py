@@ -43,13 +43,16 @@ class Front:
             self._acceptor = None
 
     async def retire(self) -> None:
-        """Answer what the kernel has accepted and let nothing new begin. Then the socket may be closed."""
+        """Close the listening socket, and answer whatever the kernel had accepted by then."""
         refuse_new(self._listener)
         self.open()
         await asyncio.sleep(_SETTLE_SECONDS)
+        assert self._acceptor is not None
+        accepted = self._acceptor.accept()
         self.close()
-        if self._busy:
-            await asyncio.wait(self._busy, timeout=_LINGER_SECONDS)
+        self._listener.close()  # at once: a connection that is queued when this happens is reset
+        if accepted or self._busy:
+            await asyncio.wait(accepted | self._busy, timeout=_LINGER_SECONDS)
 
     async def _client(self, connection: socket.socket) -> None:
         task = asyncio.current_task()

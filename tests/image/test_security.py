@@ -71,7 +71,7 @@ def test_what_cannot_work_is_refused_with_one_line(
     assert done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 1, lines  # neither a traceback nor anything of vLLM, which was not imported
-    assert lines[0].startswith("coldstart: ")
+    assert lines[0].startswith(f"coldstart: exit {code}: ")
     assert words in lines[0]
 
 

@@ -154,22 +154,32 @@ def test_closing_in_the_middle_of_a_storm_loses_no_connection() -> None:
     _with_front(scenario)
 
 
-def test_retiring_answers_what_is_queued_and_lets_nothing_new_begin() -> None:
+def test_retiring_answers_what_is_queued_and_resets_nobody() -> None:
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        def ask() -> asyncio.Task[bytes]:
+            return asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
+
         front.close()
-        queued = [
-            asyncio.create_task(_exchange(port, b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"))
-            for _ in range(50)
-        ]
+        queued = [ask() for _ in range(50)]
         await asyncio.sleep(0.1)
         retiring = asyncio.create_task(front.retire())
-        await asyncio.sleep(0)
-        late = asyncio.create_task(asyncio.open_connection("127.0.0.1", port))
-        await retiring
+        late = []
+        while not retiring.done():
+            late.append(ask())
+            await asyncio.sleep(0.001)
+        assert listener.fileno() == -1
         assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in await asyncio.gather(*queued))
-        assert not late.done()  # its SYN was dropped: neither accepted nor refused
-        listener.close()
-        with pytest.raises(ConnectionRefusedError):  # when the client's kernel tries again
-            await asyncio.wait_for(late, 20)
+        for answer in await asyncio.gather(*late, return_exceptions=True):
+            # Accepted and answered, or never accepted; where SYN is dropped the latter is told later.
+            refused = isinstance(answer, ConnectionRefusedError)
+            assert refused or (isinstance(answer, bytes) and answer.startswith(b"HTTP/1.1 200 ")), answer
 
     _with_front(scenario)
+
+
+def test_answers_are_not_held_back() -> None:
+    """Nagle's algorithm and delayed acknowledgements cost 40 ms a request on a kept connection."""
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) == 1

@@ -246,7 +246,7 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
 
     wrong = run("--max-modle-len", "8")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "coldstart: unknown flag --max-modle-len: did you mean --max-model-len?\n"
+    assert wrong.stderr == "coldstart: exit 2: unknown flag --max-modle-len: did you mean --max-model-len?\n"
     in_json = run("--log-format=json", "--max-modle-len", "8")
     record = json.loads(in_json.stderr)
     assert (in_json.returncode, record["level"], record["logger"]) == (2, "error", "coldstart")
