@@ -163,7 +163,7 @@ def _largest_error() -> float:
 
     recorded = json.loads(logs[0].split("recorded:")[1].splitlines()[0])
     assert len(recorded) == 8
-    errors = []
+    errors: list[float] = []
     for name, process, begin, end in recorded:
         (event,) = (e for e in run.phases if (e.phase, e.process) == (name, process))
         errors.append(abs(event.end - end))
