@@ -520,7 +520,7 @@ class _Bench:
             return
         try:
             sample.sampler = Sampler(container.pid(), container.started_at())
-        except (OSError, ColdstartError):
+        except (OSError, LookupError, ColdstartError):
             sample.warnings.append("resources are not sampled: its processes are not on this machine")
 
     def _observe(

@@ -20,6 +20,8 @@ from runtime.phases import now
 INTERVAL_SECONDS = 0.05
 # A process that was just forked still shows its parent's command line.
 _YOUNG_SECONDS = 1.0
+# The engine may be elsewhere, and a process here have the same number: it was not born with the container.
+_BIRTH_SECONDS = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,8 @@ class Sampler:
     """
 
     def __init__(self, pid: int, started: float) -> None:
+        if abs(read_process(pid).started - started) > _BIRTH_SECONDS:
+            raise ProcessLookupError(f"process {pid} here is not the container's")
         self._cgroup = Cgroup(pid)
         self._usages = [Usage(started, 0, 0, 0, 0, 0)]
         self._processes: dict[int, Process] = {}

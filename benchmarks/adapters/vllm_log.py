@@ -63,7 +63,11 @@ def recognises(seen: Seen) -> bool:
 
 def read(seen: Seen) -> Report:
     born = {process.pid: process.started for process in seen.processes}
-    started = born.get(1, seen.started_at)
+    # The first process is born before the engine has set it up and lets it run.
+    first = [at for at in (born.get(1), seen.started_at) if at is not None]
+    started = max(first, default=None)
+    if started is not None and 1 in born:
+        born[1] = started
     return Report(started, (*_inspections(seen), *_stretches(seen, born, started)), "log")
 
 

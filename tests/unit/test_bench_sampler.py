@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sampler import Cgroup, Usage, disk_bytes, read_process, used
+from benchmarks.sampler import Cgroup, Sampler, Usage, disk_bytes, read_process, used
 from benchmarks.schema import Resources
 
 NET = """Inter-|   Receive                                                |  Transmit
@@ -93,6 +93,12 @@ def test_bytes_read_of_a_process(tmp_path: Path) -> None:
 def test_a_process_of_another_machine_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cgroup"):
         cgroup_of(tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="no /proc")
+def test_a_process_that_has_only_the_number_is_not_sampled() -> None:
+    with pytest.raises(ProcessLookupError):
+        Sampler(os.getpid(), time.time() + 1000)
 
 
 # At 10 s: 1 s of CPU; at 12 s: 3 s; then idle. Memory peaks at 12 s.
