@@ -19,6 +19,7 @@ from tests.image.conftest import wait_ready, wait_until
 
 RECEIVER = Path(__file__).parent / "otlp_receiver.py"
 KEYS = ("sk-first-1b3f09", "sk-second-77aa20")
+ORIGIN = "https://a.example"
 WRONG_KEY = "sk-wrong-c0ffee"
 RESTRICTED = (
     *("--read-only", "--tmpfs", "/tmp", "--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
@@ -126,7 +127,10 @@ def test_restricted_start_with_keys_limits_json_logs_and_spans(
             *("-e", "OTEL_EXPORTER_OTLP_ENDPOINT=http://127.0.0.1:4318"),
         ),
         plain["tag"],
-        ("--max-request-bytes", "100000", "--drain-delay", "0"),
+        (
+            *("--max-request-bytes", "100000", "--drain-delay", "0"),
+            *("--allowed-origins", json.dumps([ORIGIN])),
+        ),
     )
     assert _docker("exec", "-d", container.id, "python3", "-c", RECEIVER.read_text()).returncode == 0
     wait_ready(container)
@@ -184,8 +188,9 @@ def _check_every_route_wants_the_key(container: Container) -> None:
         "sec-websocket-key": "AAAAAAAAAAAAAAAAAAAAAA==",
     }
     assert _ask(container, "GET", "/v1/realtime", headers=upgrade)[0] == 401
-    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    assert _ask(container, "OPTIONS", "/v1/chat/completions", headers=preflight)[0] == 200
+    for origin, wanted in ((ORIGIN, 200), ("https://other.example", 400)):  # vLLM's CORS layer answers both
+        preflight = {"origin": origin, "access-control-request-method": "POST"}
+        assert _ask(container, "OPTIONS", "/v1/chat/completions", headers=preflight)[0] == wanted
     metrics = _ask(container, "GET", "/metrics")[1].decode()
     for line in ("coldstart_in_flight_requests 0.0", "coldstart_draining 0.0", "coldstart_phase_seconds{"):
         assert line in metrics
