@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
-from builder import lockfile, models, probe, render
-from builder.errors import HostError, ModelError
+from builder import context, lockfile, models, probe, render
+from builder.errors import HostError, InputError, ModelError
 from builder.plan import BaseImage, BuildPlan, Device, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
@@ -32,21 +33,27 @@ _SPARE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class BuiltImage:
-    """What a build made. id: the engine's image id; digest: the registry's, after a push."""
+    """What a build made. id: the engine's image id; digest: the registry's, after a push.
+
+    mount: the folder to mount, of an image that has its weights from a mount.
+    """
 
     tag: str
     id: str
     digest: str | None
     plan: BuildPlan
     weights_reused: bool
+    mount: Path | None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "tag": self.tag,
             "id": self.id,
             "digest": self.digest,
-            "weights_image": self.plan.weights.tag,
+            "weights": self.plan.spec.weights,
+            "weights_image": self.plan.weights.tag if self.plan.baked else None,
             "weights_reused": self.weights_reused,
+            "mount": str(self.mount) if self.mount else None,
             "model_digest": f"sha256:{self.plan.lock.digest}",
             "manifest": self.plan.manifest,
         }
@@ -56,6 +63,17 @@ def cache_folder() -> Path:
     """Quantized weights, the quantizer's environment and memos; safe to delete at any time."""
     chosen = os.environ.get("COLDSTART_CACHE")
     return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("coldstart", appauthor=False))
+
+
+def model_ref(spec: ImageSpec) -> models.ModelRef:
+    """Raises ModelError, or InputError for a folder that no container could download."""
+    ref = models.parse_ref(spec.model, spec.revision)
+    if ref.folder and spec.weights == "download":
+        raise InputError(
+            f"--weights download needs a hub model, and {spec.model} is a folder",
+            fix="Bake or mount it, or push it to a hub repository and name that.",
+        )
+    return ref
 
 
 def resolve_model(
@@ -85,10 +103,11 @@ def resolve_model(
     )
     pinned = lockfile.pinned(spec, lock)
     snapshot = models.resolve(
-        models.parse_ref(pinned.model, pinned.revision),
+        model_ref(pinned),
         reporter,
         models.Choice(spec.include, spec.exclude, spec.trust_remote_code),
         accept if spec.quantize and base else None,
+        weights=spec.weights != "download",
     )
     if locked and lock:
         lockfile.require_same(lock, snapshot.lock)
@@ -219,7 +238,7 @@ def build(
 ) -> BuiltImage:
     """prewarmed: start the image once where this host can, and add what that start recorded."""
     # The cheapest checks first: a wrong name should not cost a pull, nor a wrong base or flag a download.
-    models.parse_ref(spec.model, spec.revision)
+    model_ref(spec)
     if locked:
         lockfile.require_locked(spec, lock_path)
     base = inspect_base(spec, engine, reporter)
@@ -228,20 +247,8 @@ def build(
         require_space(engine.data_root, snapshot.lock.total_bytes)
     snapshot, quantized = prepare_model(spec, snapshot, base, reporter)
     plan = make_plan(spec, snapshot.lock, base, quantized.to_json() if quantized else None)
-    weights = engine.image(plan.weights.tag)
-    reused = weights is not None and weights.labels.get("dev.coldstart.weights.key") == plan.weights.key
-    if reused:
-        reporter.step(f"Weights image {plan.weights.tag} is here already; no weight is sent")
-    else:
-        require_space(engine.data_root, plan.disk_bytes)
-        reporter.step(f"Building the weights image {plan.weights.tag}")
-        engine.build(
-            render.render_weights(plan, snapshot.root),
-            plan.weights.tag,
-            label=plan.label,
-            platform=spec.platform,
-            reporter=reporter,
-        )
+    reused = plan.baked and _weights_image(plan, snapshot.root, engine, reporter)
+    mount = _mountable(snapshot, reporter) if spec.weights == "mount" else None
     reporter.step(f"Building {plan.tag}")
     image = engine.build(
         render.render_image(plan), plan.tag, label=plan.label, platform=spec.platform, reporter=reporter
@@ -250,16 +257,64 @@ def build(
         image = _prewarm(plan, image, engine, reporter)
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
-    return BuiltImage(plan.tag, image, digest, plan, reused)
+    if mount:
+        gpus = "--gpus all " if base.device == "cuda" else ""
+        volume = shlex.quote(f"{mount}:{plan.model_path}:ro")
+        reporter.note(f"Start it with: docker run {gpus}-v {volume} -p {plan.port}:{plan.port} {plan.tag}")
+    return BuiltImage(plan.tag, image, digest, plan, reused, mount)
+
+
+def _weights_image(plan: BuildPlan, root: Path, engine: DockerEngine, reporter: Reporter) -> bool:
+    """Have the weights image; True when it was here already."""
+    found = engine.image(plan.weights.tag)
+    if found is not None and found.labels.get("dev.coldstart.weights.key") == plan.weights.key:
+        reporter.step(f"Weights image {plan.weights.tag} is here already; no weight is sent")
+        return True
+    require_space(engine.data_root, plan.disk_bytes)
+    reporter.step(f"Building the weights image {plan.weights.tag}")
+    engine.build(
+        render.render_weights(plan, root),
+        plan.weights.tag,
+        label=plan.label,
+        platform=plan.spec.platform,
+        reporter=reporter,
+    )
+    return False
+
+
+def _mountable(snapshot: models.ModelSnapshot, reporter: Reporter) -> Path:
+    """A folder with the locked files that a container can use: the snapshot's own, where it is one.
+
+    The hub's cache is links that lead nowhere inside a container, and other files may be their owner's only.
+    """
+    sources = [snapshot.root / file.path for file in snapshot.lock.files]
+    folders = {path.parent for path in sources}
+    if all(not path.is_symlink() and path.stat().st_mode & 0o004 for path in sources) and all(
+        path.stat().st_mode & 0o005 == 0o005 for path in folders
+    ):
+        return snapshot.root.absolute()
+    folder = (cache_folder() / "mount" / snapshot.lock.digest[:16]).absolute()  # else a volume's name
+    if not folder.exists():
+        reporter.step(f"Making {folder}: links or copies that a container can read")
+        part = folder.with_name(f".{folder.name}.{os.getpid()}")
+        part.mkdir(parents=True)
+        part.chmod(0o755)
+        try:
+            context.write_files(
+                [render.ContextFile(file.path, snapshot.root / file.path) for file in snapshot.lock.files],
+                part,
+            )
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    return folder
 
 
 def _prewarm(plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter) -> str:
-    from builder.prewarm import can_run_here, prewarm
+    from builder.prewarm import obstacle, prewarm
 
-    if not can_run_here(engine, plan.manifest):
-        reporter.note(
-            f"not started here to record its start: no GPU. Run `coldstart prewarm {plan.tag}` on one."
-        )
+    if why_not := obstacle(engine, plan.manifest):
+        reporter.note(f"Not started here to record its start: {why_not}. See `coldstart prewarm --help`.")
         return image
     return prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
 

@@ -72,6 +72,10 @@ MaxPerplexityIncrease = Annotated[
     str | None,
     typer.Option(help="Refuse a quantization that raises held-out perplexity by more, e.g. 5% or 0.05."),
 ]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="bake (default), download from the hub at the start, or mount; see docs/models.md."),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -107,6 +111,7 @@ def _request(
     engine_args: EngineArguments = None,
     quantize: Quantize = None,
     max_perplexity_increase: MaxPerplexityIncrease = None,
+    weights: Weights = None,
     calibration: Calibration = None,
     calibration_samples: CalibrationSamples = None,
     calibration_tokens: CalibrationTokens = None,
@@ -129,6 +134,7 @@ def _request(
         "engine_args": tuple(engine_args or ()),
         "quantize": quantize,
         "max_perplexity_increase": max_perplexity_increase,
+        "weights": weights,
         "calibration": calibration,
         "calibration_samples": calibration_samples,
         "calibration_tokens": calibration_tokens,
@@ -256,7 +262,7 @@ def render(
     made = make_plan(spec, snapshot.lock, base, quantized.to_json() if quantized else None)
     write(made, snapshot.root, output)
     platform_flag = f"--platform {spec.platform} " if spec.platform else ""
-    for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image")):
+    for tag, folder in ((made.weights.tag, "weights"), (made.tag, "image"))[0 if made.baked else 1 :]:
         typer.echo(f"docker build {platform_flag}-t {tag} {shlex.quote(str(output / folder))}")
 
 
@@ -279,14 +285,14 @@ def prewarm(
     label = f"dev.coldstart.model.digest=sha256:{manifest['model']['lock_digest']}"
     if recorded:
         made = prewarming.add_state(engine, image, recorded, label=label, reporter=reporter)
-    elif prewarming.can_run_here(engine, manifest):
-        made = prewarming.prewarm(
-            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
+    elif why_not := prewarming.obstacle(engine, manifest):
+        raise HostError(
+            f"{image} cannot be started here: {why_not}",
+            fix="Run its `python3 -m runtime warm --output DIR` where it can, and give --from DIR here.",
         )
     else:
-        raise HostError(
-            f"{image} needs a GPU, and the engine here has none",
-            fix="Run this where one is, or `python3 -m runtime warm --output DIR` there and --from DIR here.",
+        made = prewarming.prewarm(
+            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
         )
     typer.echo(f"{image} {made}")
 
@@ -727,7 +733,7 @@ def _plan_json(planned: _Planned) -> dict[str, Any]:
     made = planned.plan
     return {
         "tag": made.tag,
-        "weights_image": made.weights.tag if not planned.quantize_first else None,
+        "weights_image": made.weights.tag if made.baked and not planned.quantize_first else None,
         "quantize_first": planned.quantize_first,
         "drift": planned.drift,
         "layers": [
@@ -768,6 +774,9 @@ def _print_plan(planned: _Planned) -> None:
         typer.echo(f"layer {number:<2}         {size(layer.bytes)} in {layer.target}")
         for entry in layer.files:
             typer.echo(f"                 {entry.path} {size(entry.size)}")
+    if not made.baked:
+        verb = "downloaded to" if made.spec.weights == "download" else "mounted at"
+        typer.echo(f"weights          {size(made.lock.total_bytes)}, {verb} {made.model_path} at the start")
     typer.echo("on top           runtime, manifest, labels, user " + made.user)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from builder.errors import BuildError
@@ -58,7 +58,11 @@ def stream(rendered: Rendered, advance: Callable[[int], None] = lambda _: None) 
 
 def write_folder(rendered: Rendered, folder: Path) -> None:
     """The same context as files, for plain `docker build`. Hard links where the disk allows, else copies."""
-    for file in entries(rendered):
+    write_files(entries(rendered), folder)
+
+
+def write_files(files: Iterable[ContextFile], folder: Path) -> None:
+    for file in files:
         target = folder / file.path
         for parent in reversed([target.parent, *target.parent.parents]):
             if parent.is_relative_to(folder) and not parent.is_dir():

@@ -10,14 +10,15 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from builder.errors import HostError, ModelError
-from builder.models import ModelRef
+from builder.models import ModelRef, Shapes
 from builder.report import Reporter, Task
 
 _METADATA_SECONDS = 30.0
@@ -45,9 +46,14 @@ class Repository:
         return f"{self.kind}s--{self.name.replace('/', '--')}"
 
 
+_AT_ONCE = 8
+
+
 @dataclass(frozen=True)
 class Fetched:
-    """A snapshot in the hub's cache. digests: path -> what the hub says of it, "sha256:…" or "git:…".
+    """A snapshot in the hub's cache.
+
+    digests and sizes: path -> what the hub says of it, "sha256:…" or "git:…", and bytes.
 
     offline: it was taken as it is in the cache; nothing can be fetched again.
     """
@@ -57,6 +63,7 @@ class Fetched:
     commit: str
     digests: Mapping[str, str]
     offline: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 def download(
@@ -106,7 +113,7 @@ def download(
             ),
         )
     _require_commit(repository, Path(root).name, info.sha)
-    return Fetched(repository, Path(root), str(info.sha), _digests(info))
+    return Fetched(repository, Path(root), str(info.sha), _digests(info), sizes=sizes)
 
 
 def download_again(fetched: Fetched, paths: Iterable[str]) -> None:
@@ -124,6 +131,29 @@ def download_again(fetched: Fetched, paths: Iterable[str]) -> None:
             tqdm_class=_forwarding_bar(None),
         )
         _call(fetched.repository, fetch)
+
+
+def tensor_shapes(fetched: Fetched, paths: Sequence[str]) -> dict[str, Shapes]:
+    """What the headers of these shards say, which alone are read. Raises ModelError."""
+    from huggingface_hub import HfApi, errors
+
+    def shapes(path: str) -> Shapes:
+        try:
+            header = HfApi().parse_safetensors_file_metadata(
+                fetched.repository.name, path, revision=fetched.commit
+            )
+        except errors.SafetensorsParsingError:
+            raise ModelError(
+                f"the shard {path} of {fetched.repository} is corrupt", fix="Use another revision."
+            ) from None
+        return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
+
+    def all_shapes() -> dict[str, Shapes]:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            return dict(zip(paths, pool.map(shapes, paths), strict=True))
+
+    found: dict[str, Shapes] = _call(fetched.repository, all_shapes)
+    return found
 
 
 def download_dataset_file(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -32,6 +33,8 @@ _HASH_CHUNK = 1 << 20
 # Foreign text is read whole, so it has a bound. The index of the largest model is a tenth of the first.
 _MAX_JSON_BYTES = 64 << 20
 _MAX_CARD_BYTES = 1 << 20
+
+Shapes = Mapping[str, tuple[int, ...]]  # of the tensors of one shard, by name
 # The hub's rules: at most 96 characters a part, no "--" or "..", not ending in .git.
 HUB_NAME = re.compile(
     r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,94}[A-Za-z0-9_]|"
@@ -156,13 +159,16 @@ def resolve(
     reporter: Reporter,
     choice: Choice = ALL,
     accept: Callable[[Mapping[str, Any]], None] | None = None,
+    *,
+    weights: bool = True,
 ) -> ModelSnapshot:
     """Pin the model and have its files here, checked. Raises ModelError.
 
     accept: sees the configuration before any weight is fetched or read, and may raise.
+    weights: False leaves a hub model's shards there, where it can: the hub's digests and their headers do.
     """
     if ref.folder is None:
-        return _resolve_hub(ref, reporter, choice, accept)
+        return _resolve_hub(ref, reporter, choice, accept, weights)
     if accept:
         accept(_read_config(ref.folder))
     name = ref.folder.name
@@ -174,16 +180,31 @@ def _resolve_hub(
     reporter: Reporter,
     choice: Choice,
     accept: Callable[[Mapping[str, Any]], None] | None,
+    weights: bool,
 ) -> ModelSnapshot:
     """Download, and fetch once more what does not have the bytes that the hub says it has."""
     from builder import hub
 
+    left: list[str] = []
+
+    def choose(paths: Iterable[str]) -> list[str]:
+        wanted = _wanted_paths(paths, choice)
+        left[:] = [path for path in wanted if path.endswith(".safetensors") and not weights]
+        return [path for path in wanted if path not in left]
+
     fetched = hub.download(
-        ref,
-        lambda paths: _wanted_paths(paths, choice),
-        reporter,
-        (lambda folder: accept(_read_config(folder))) if accept else None,
+        ref, choose, reporter, (lambda folder: accept(_read_config(folder))) if accept else None
     )
+    if not all(fetched.digests.get(path, "").startswith("sha256:") for path in left):
+        # Kept in git: no sha256 to be had.
+        return _resolve_hub(ref, reporter, choice, accept, weights=True)
+    shapes = hub.tensor_shapes(fetched, left) if left else {}
+    remote = {
+        LockedFile(
+            path=path, size=fetched.sizes[path], sha256=fetched.digests[path].removeprefix("sha256:")
+        ): shapes[path]
+        for path in left
+    }
 
     def snapshot() -> ModelSnapshot:
         return _snapshot(
@@ -194,6 +215,7 @@ def _resolve_hub(
             reporter=reporter,
             choice=choice,
             expected=fetched.digests,
+            remote=remote,
         )
 
     try:
@@ -241,8 +263,12 @@ def _snapshot(
     reporter: Reporter,
     choice: Choice = ALL,
     expected: Mapping[str, str] | None = None,
+    remote: Mapping[LockedFile, Shapes] = MappingProxyType({}),
 ) -> ModelSnapshot:
+    """remote: the shards that are not in `root`, with what is in them; either none or all."""
     paths = _wanted_paths(_relative_files(root), choice)
+    if remote:
+        paths = [path for path in paths if not path.endswith(".safetensors")]
     for path in (*paths, "config.json", _CARD):
         _require_inside(root, path)
     files = []
@@ -254,8 +280,11 @@ def _snapshot(
             raise _DamagedError(damaged)
         files = files[: len(paths)]
     config = _read_config(root)
-    _require_safetensors(root, paths)
-    shapes = _check_shards(root, paths)
+    if not remote:
+        _require_safetensors(root, paths)
+    tensors = {path: _tensor_shapes(root / path) for path in paths if path.endswith(".safetensors")}
+    tensors |= {file.path: shapes for file, shapes in remote.items()}
+    _check_index(root, paths, tensors)
     files = files or _hash_files(root, paths, reporter)
     quantization = describe_quantization(config)
     if config.get("auto_map") and not choice.remote_code:
@@ -269,10 +298,10 @@ def _snapshot(
         license=_licence(root),
         architectures=tuple(map(_plain, architectures)) if isinstance(architectures, list) else (),
         dtype=_plain(dtype) if dtype else None,
-        parameters=None if quantization else sum(math.prod(shape) for shape in shapes.values()),
+        parameters=None if quantization else sum(_count(shapes) for shapes in tensors.values()),
         quantization=quantization,
         remote_code=choice.remote_code,
-        files=tuple(files),
+        files=tuple(sorted([*files, *remote], key=lambda file: file.path)),
     )
     return ModelSnapshot(lock, root)
 
@@ -393,15 +422,14 @@ def _require_safetensors(root: Path, paths: Sequence[str]) -> None:
     )
 
 
-def _check_shards(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Every header parses and fits its file, and the index names tensors that are really there.
+def _count(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
-    Returns the shape of every tensor by its name.
-    """
-    tensors = {path: _tensor_shapes(root / path) for path in paths if path.endswith(".safetensors")}
-    shapes = {name: shape for shard in tensors.values() for name, shape in shard.items()}
+
+def _check_index(root: Path, paths: Sequence[str], tensors: Mapping[str, Shapes]) -> None:
+    """The index, where there is one, names tensors that are really there. tensors: of every shard."""
     if SHARD_INDEX not in paths:
-        return shapes
+        return
     index = _read_json(root / SHARD_INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
@@ -420,10 +448,10 @@ def _check_shards(root: Path, paths: Sequence[str]) -> dict[str, tuple[int, ...]
                 why=f"{SHARD_INDEX} says so.",
                 fix="Get the shard again.",
             )
-    return shapes
 
 
-def _tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _tensor_shapes(path: Path) -> Shapes:
+    """Raises ModelError where the header does not parse or does not fit its file."""
     from safetensors import SafetensorError, safe_open
 
     try:

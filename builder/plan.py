@@ -72,7 +72,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class WeightsPlan:
-    """The image that carries the model on top of the base; shared by every final image of both."""
+    """The image that carries the model on top of the base; shared by every final image of both.
+
+    No layers, and no such image, where the model comes at the start.
+    """
 
     key: str
     layers: tuple[Layer, ...]
@@ -97,9 +100,24 @@ class BuildPlan:
     environment: tuple[tuple[str, str], ...]
     labels: tuple[tuple[str, str], ...]
     weights: WeightsPlan
+    health_start_period: str
     quantization: Mapping[str, Any] | None = None
     port: int = PORT
     user: str = "2000:0"
+
+    @property
+    def baked(self) -> bool:
+        return self.spec.weights == "bake"
+
+    @property
+    def parent(self) -> str:
+        """What the server image is FROM."""
+        return self.weights.tag if self.baked else self.base.reference
+
+    @property
+    def own_folders(self) -> tuple[str, ...]:
+        """Folders that the image's user, and any other of its group, may write."""
+        return (MODELS_DIR, self.model_path) if self.spec.weights == "download" else ()
 
     @property
     def label(self) -> str:
@@ -113,6 +131,7 @@ class BuildPlan:
             "schema": MANIFEST_SCHEMA,
             "coldstart_version": __version__,
             "device": self.base.device,
+            "weights": self.spec.weights,
             "engine_args": list(self.engine_args),
             "base": {
                 "reference": self.base.reference,
@@ -135,7 +154,7 @@ class BuildPlan:
     @property
     def disk_bytes(self) -> int:
         """What the build writes: the engine keeps the received context and the layers made from it."""
-        return 2 * self.lock.total_bytes
+        return 2 * sum(layer.bytes for layer in self.weights.layers)
 
 
 def make_plan(
@@ -146,8 +165,6 @@ def make_plan(
     model_path = f"{MODELS_DIR}/{folder}"
     environment = {
         "PYTHONPATH": COLDSTART_DIR,
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         # Any UID may run the image: a home that exists everywhere, and a name for what asks for one.
@@ -155,6 +172,13 @@ def make_plan(
         "USER": "coldstart",
         **_DEVICE_ENV[base.device],
     }
+    if spec.weights != "download":  # whose engine processes are offline too, once the files are there
+        environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    baked = lock.files if spec.weights == "bake" else ()
+    weights = _plan_weights(lock, base, model_path, spec.max_layer_bytes, baked)
+    labels = _labels(lock, base)
+    if not baked:  # else inherited
+        labels[f"{_LABEL}.weights.key"] = weights.key
     return BuildPlan(
         spec=spec,
         lock=lock,
@@ -168,9 +192,11 @@ def make_plan(
             *spec.engine_args,
         ),
         environment=tuple(sorted(environment.items())),
-        labels=tuple(sorted((_labels(lock, base) | _quantization_labels(quantization)).items())),
+        labels=tuple(sorted((labels | _quantization_labels(quantization)).items())),
         quantization=quantization,
-        weights=_plan_weights(lock, base, model_path, spec.max_layer_bytes),
+        weights=weights,
+        # A download is a part of the start.
+        health_start_period="1h" if spec.weights == "download" else "10m",
     )
 
 
@@ -219,10 +245,12 @@ def _quantization_labels(quantization: Mapping[str, Any] | None) -> dict[str, st
     }
 
 
-def _plan_weights(lock: ModelLock, base: BaseImage, model_path: str, max_bytes: int) -> WeightsPlan:
+def _plan_weights(
+    lock: ModelLock, base: BaseImage, model_path: str, max_bytes: int, baked: Sequence[LockedFile]
+) -> WeightsPlan:
     layers = tuple(
         Layer(source=f"layers/{index:02d}", target=model_path, files=files)
-        for index, files in enumerate(pack_layers(lock.files, max_bytes))
+        for index, files in enumerate(pack_layers(baked, max_bytes))
     )
     key = hashlib.sha256(f"{base.identity}\n{lock.digest}\n{max_bytes}".encode()).hexdigest()
     labels = {

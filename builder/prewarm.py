@@ -46,9 +46,13 @@ def add_state(engine: DockerEngine, tag: str, folder: Path, *, label: str, repor
     return engine.build(rendered, tag, label=label, platform=None, reporter=reporter)
 
 
-def can_run_here(engine: DockerEngine, manifest: Mapping[str, object]) -> bool:
-    """Whether a start of an image with this manifest is possible on the engine's host."""
-    return manifest["device"] == "cpu" or engine.has_gpus
+def obstacle(engine: DockerEngine, manifest: Mapping[str, object]) -> str:
+    """Why an image with this manifest cannot be started here by itself; empty when it can."""
+    if manifest.get("weights", "bake") != "bake":
+        return "its weights are not in it"
+    if manifest["device"] != "cpu" and not engine.has_gpus:
+        return "it needs a GPU, and the engine here has none"
+    return ""
 
 
 def _record(engine: DockerEngine, tag: str, image: ImageInfo) -> dict[str, bytes]:

@@ -10,10 +10,14 @@ from builder.plan import BuildPlan
 
 
 def write(plan: BuildPlan, root: Path, output: Path) -> None:
-    """`output`/weights and `output`/image, each a Dockerfile and its context; nothing is left on failure."""
+    """`output`/weights (where they are baked) and `output`/image, each a Dockerfile and its context.
+
+    Nothing is left on failure.
+    """
     existed = output.exists()
     try:
-        context.write_folder(render.render_weights(plan, root), output / "weights")
+        if plan.baked:
+            context.write_folder(render.render_weights(plan, root), output / "weights")
         context.write_folder(render.render_image(plan), output / "image")
     except BaseException:
         for name in ("weights", "image"):

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, ValidationError, field_validator
@@ -17,6 +17,8 @@ from builder.methods import METHODS
 VLLM_VERSION = "0.32.0"
 DEFAULT_BASE = f"vllm/vllm-openai:v{VLLM_VERSION}"
 CPU_BASE = f"coldstart/base-cpu:vllm-{VLLM_VERSION}"
+
+Weights = Literal["bake", "download", "mount"]
 
 # Baked arguments end up in a layer, a label and `docker history`.
 _SECRET_FLAGS = frozenset({"--api-key", "--hf-token", "--ssl-keyfile-password"})
@@ -55,6 +57,7 @@ class ImageSpec(BaseModel):
     revision: str | None = None
     quantize: str | None = None
     max_perplexity_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    weights: Weights = "bake"
     calibration: str | None = None
     calibration_samples: int = Field(default=16, ge=1, le=4096)
     calibration_tokens: int = Field(default=256, ge=16, le=32768)
@@ -111,6 +114,13 @@ def load_spec(path: Path | None, flags: Mapping[str, Any]) -> ImageSpec:
             "--quantize does not go with --trust-remote-code",
             why="Quantizing runs the model on this machine; a repository's code runs only in the image.",
             fix="Leave one of them out, or name a checkpoint that its authors quantized.",
+        )
+    if spec.weights == "download" and (spec.quantize or spec.max_shard_size):
+        flag, made = ("--quantize", "quantized") if spec.quantize else ("--max-shard-size", "split")
+        raise InputError(
+            f"--weights download does not go with {flag}",
+            why=f"The {made} weights would not be on the hub.",
+            fix=f"Bake or mount them, or push the {made} folder to a hub repository and name that.",
         )
     if spec.calibration and not spec.quantize:
         raise InputError("calibration without quantization does nothing", fix="Add --quantize awq.")

@@ -23,7 +23,8 @@ _REQUIRED_LABELS = (
     "dev.coldstart.version",
 )
 _USER = "2000:0"
-_OFFLINE = ("HF_HUB_OFFLINE=1", "TRANSFORMERS_OFFLINE=1", "VLLM_NO_USAGE_STATS=1")
+_OFFLINE = ("HF_HUB_OFFLINE=1", "TRANSFORMERS_OFFLINE=1")
+_NO_STATISTICS = "VLLM_NO_USAGE_STATS=1"
 # Tokens by their issuers' shapes, and any variable that is named like one and has a value.
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{40,}|gh[pousr]_[A-Za-z0-9]{36}|AKIA[0-9A-Z]{16}")
 _TOKEN_VARIABLE = re.compile(r"^[A-Z0-9_]*(TOKEN|API_KEY|PASSWORD|SECRET)(_[A-Z0-9_]+)?=.+")
@@ -44,9 +45,11 @@ def verify(engine: DockerEngine, reference: str) -> list[Check]:
     info = engine.require_image(reference)
     manifest, manifest_mode, own_tokens = _read_own_files(engine, reference)
     model = manifest["model"]
-    checks = [_labels(info, model), _user(info), _environment(info)]
+    weights = manifest["weights"]
+    checks = [_labels(info, model), _user(info), _environment(info, weights)]
     with engine.open_files(reference) as walk:
-        checks += _files(walk(model["path"]), model)
+        entries = walk(model["path"])
+        checks += _files(entries, model) if weights == "bake" else [_no_files(entries, weights)]
     checks.append(
         Check("manifest readable", manifest_mode & 0o004 != 0, f"mode {manifest_mode:04o}"),
     )
@@ -112,9 +115,22 @@ def _user(info: ImageInfo) -> Check:
     return Check("user", info.user == _USER, info.user or "root")
 
 
-def _environment(info: ImageInfo) -> Check:
-    missing = [entry for entry in _OFFLINE if entry not in info.environment]
-    return Check("offline", not missing, f"missing {missing}" if missing else "hub and statistics are off")
+def _environment(info: ImageInfo, weights: str) -> Check:
+    """An image that downloads is offline from the end of its download on; the others always."""
+    wanted = (_NO_STATISTICS,) if weights == "download" else (*_OFFLINE, _NO_STATISTICS)
+    wrong = [f"missing {entry}" for entry in wanted if entry not in info.environment]
+    if weights == "download":
+        wrong += [f"{entry} forbids the download" for entry in _OFFLINE if entry in info.environment]
+    off = "statistics are off" if weights == "download" else "hub and statistics are off"
+    return Check("offline", not wrong, "; ".join(wrong) or off)
+
+
+def _no_files(entries: Iterator[tuple[Any, Any]], weights: str) -> Check:
+    found = [entry.name for entry, file in entries if file is not None]
+    none = "none in the image, as stated: " + (
+        "downloaded at the start" if weights == "download" else "mounted"
+    )
+    return Check("model files", not found, "; ".join(found[:3]) or none)
 
 
 def _files(entries: Iterator[tuple[Any, Any]], model: Mapping[str, Any]) -> list[Check]:

@@ -1,4 +1,7 @@
-"""Entrypoint of every image: `python3 -m runtime [serve] [FLAGS]` as PID 1, or `… health` for HEALTHCHECK."""
+"""Entrypoint of every image: `python3 -m runtime [serve] [FLAGS]` as PID 1.
+
+`… health` is for HEALTHCHECK, `… fetch` is the download that PID 1 starts beside itself.
+"""
 
 # First of all, so that the clock starts before the imports that it measures.
 import time
@@ -46,6 +49,10 @@ def main(argv: list[str]) -> int:
             from runtime.health import check_pid1
 
             return check_pid1(settings_module.read_manifest())
+        if command == "fetch":
+            from runtime import fetch
+
+            return fetch.main(settings_module.read_manifest())
         if {"-h", "--help"} & set(rest):
             print(settings_module.help_text(settings_module.read_vllm_arguments()))
             return 0

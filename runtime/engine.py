@@ -77,12 +77,17 @@ async def _serve(
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    if settings.manifest.weights == "download":
+        await _receive(channel)  # PID 1 says so when every file is there
+    else:
+        # The files are on the disk already; the phase is there so that every start has the same rows.
+        detail = {"bake": "baked", "mount": "mounted"}[settings.manifest.weights]
+        moment = now()
+        trace.emit(Phase.MODEL_DOWNLOAD, moment, moment, detail=detail)
     with trace.span(Phase.CONFIG_PARSE):
         args = _parse(settings.vllm_args())
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    # Baked weights are on the disk already; the phase is there so that every start has the same rows.
-    trace.emit(Phase.MODEL_DOWNLOAD, now(), now(), detail="baked")
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime import model_folder
 from runtime.settings import Manifest, Settings
 
 _MIB = 1 << 20
@@ -56,7 +57,8 @@ class Facts:
     """The machine as this container sees it; sizes in bytes, None where it could not be told.
 
     driver: of NVIDIA, (major, minor); gpus: None where nvidia-smi did not answer in time; config: the model's
-    config.json, None where it is not there; read_only: the writable mounts that are not.
+    config.json, None where it is not there; read_only: the writable mounts that are not; model_problem: what
+    is wrong with the folder that the model is mounted at, or downloaded to.
     """
 
     gpu_visible: bool
@@ -67,6 +69,7 @@ class Facts:
     shm_free: int | None
     read_only: tuple[str, ...]
     config: Mapping[str, Any] | None
+    model_problem: str = ""
 
 
 def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts:
@@ -94,6 +97,7 @@ def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts
         shm_free=shm_free,
         read_only=tuple(folder for folder in folders if folder and not os.access(folder, os.W_OK | os.X_OK)),
         config=config,
+        model_problem=model_folder.problem(manifest),
     )
 
 
@@ -108,7 +112,9 @@ def problems(settings: Settings, facts: Facts, environ: Mapping[str, str]) -> It
     manifest = settings.manifest
     if manifest.device == "cuda":
         yield from _gpu_problems(settings, facts, environ)
-    if facts.config is None:
+    if facts.model_problem:
+        yield facts.model_problem
+    elif facts.config is None and manifest.weights == "bake":
         yield (
             f"the model is not at {manifest.model_path}. "
             "A volume mounted over it hides the baked files: mount it elsewhere."

@@ -7,9 +7,11 @@ import ctypes
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -98,6 +100,23 @@ def openmp_preload(device: str, environ: Mapping[str, str]) -> str | None:
         if found:
             return f"{found[0]}:{current}" if current else found[0]
     return None
+
+
+def start_fetch() -> subprocess.Popen[str]:
+    """The process that downloads the model. Its last line says how it ended: see runtime/fetch.py."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "runtime", "fetch"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def leave_hub(environ: MutableMapping[str, str]) -> None:
+    """What engine processes inherit: no token of the hub, and no way to it, since every file is here."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+        environ.pop(name, None)
+    environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1")
 
 
 def descendants(pid: int) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -12,21 +13,43 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
-COMMANDS = ("serve", "health", "warm")
+COMMANDS = ("serve", "health", "warm", "fetch")
 
 
 class SettingsError(Exception):
     """A setting is wrong. The message names it and says what would be right."""
 
 
+class LockedFile(NamedTuple):
+    """One file of the model: path below the model's, size in bytes, hexadecimal sha256."""
+
+    path: str
+    size: int
+    sha256: str
+
+    def has_size(self, root: Path) -> bool:
+        path = root / self.path
+        return path.is_file() and path.stat().st_size == self.size
+
+    def is_whole(self, root: Path) -> bool:
+        """Raises OSError when it is there and cannot be read."""
+        if not self.has_size(root):
+            return False
+        with (root / self.path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """The part of /opt/coldstart/manifest.json that a start needs. weight_bytes: 0 when not recorded."""
+    """The part of /opt/coldstart/manifest.json that a start needs. weight_bytes: 0 when not recorded.
+
+    weights: "bake", "download" or "mount"; source: "hf://org/name" or "folder"; revision: a hub's commit.
+    """
 
     model_path: str
     served_model_name: str
@@ -35,6 +58,10 @@ class Manifest:
     shards: tuple[str, ...] = ()
     weight_bytes: int = 0
     quantization: str | None = None
+    weights: str = "bake"
+    source: str = "folder"
+    revision: str | None = None
+    files: tuple[LockedFile, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -50,6 +77,10 @@ class Manifest:
                 shards=tuple(file["path"] for file in shards),
                 weight_bytes=sum(file["size"] for file in shards),
                 quantization=model.get("quantization"),
+                weights=data.get("weights", "bake"),
+                source=model.get("source", "folder"),
+                revision=model.get("revision"),
+                files=tuple(LockedFile(f["path"], f["size"], f["sha256"]) for f in model["files"]),
             )
         except FileNotFoundError:
             raise SettingsError(f"{path} is missing: this image was not made by `coldstart build`") from None

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 import time
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from typing import Any
 
 from runtime import faults, logs, prefetch, processes, spans, trace
 from runtime.defaults import TEARDOWN_SECONDS
+from runtime.fetch import FETCHED
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
 from runtime.listener import bind
@@ -26,6 +28,7 @@ from runtime.settings import Settings
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
+EXIT_FETCH = 4
 EXIT_PORT = 5
 EXIT_FORCED = 6
 
@@ -104,7 +107,9 @@ class Supervisor:
         self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
         manifest = self._settings.manifest
-        prefetch.start(Path(manifest.model_path), manifest.shards)
+        # What is downloaded, and verified, is read by that.
+        shards = manifest.shards if manifest.weights != "download" else ()
+        prefetch.start(Path(manifest.model_path), shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -126,6 +131,10 @@ class Supervisor:
     async def _start_engine(self, listener: socket.socket) -> None:
         from runtime import engine
 
+        fetching = None
+        if self._settings.manifest.weights == "download":
+            fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
+        processes.leave_hub(os.environ)
         preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
         if preload:
             os.environ["LD_PRELOAD"] = preload
@@ -145,6 +154,18 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._channel.fileno(), self._on_message)
         loop.add_reader(process.sentinel, self._on_engine_exit, process)
+        if fetching and await fetching and self._channel is not None:
+            self._channel.send(("fetched",))
+
+    async def _fetch(self, process: subprocess.Popen[str]) -> bool:
+        """Wait until the model is there. The pipe tells: the exit code goes to whoever reaps first."""
+        assert process.stdout is not None
+        said = (await asyncio.to_thread(process.stdout.read)).splitlines() or ["the download died, see above"]
+        if said[-1] == FETCHED:
+            return True
+        if not self._exit.is_set():
+            await self._fail(said[-1], EXIT_FETCH)
+        return False
 
     def _on_event(self, events: socket.socket) -> None:
         while True:
@@ -263,7 +284,9 @@ class Supervisor:
         if processes.oom_kills() > self._oom_kills:
             reason = f"the kernel killed a process of this container, which is out of memory: {reason}"
         self._exit_code = code
-        self._reason = faults.with_next_step(f"failed: {reason}")
+        self._reason = f"failed: {reason}"
+        if code != EXIT_FETCH:  # whose reason has the next step in it
+            self._reason = faults.with_next_step(self._reason)
         self._lifecycle.move(State.FAILED, self._reason)
         self._front.open()
         await asyncio.sleep(_FAILURE_LINGER_SECONDS)

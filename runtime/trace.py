@@ -90,14 +90,15 @@ def emit(phase: Phase, start: float, end: float, detail: str = "") -> None:
     _send({"event": event.to_json()})
 
 
-def _announce(phase: Phase, start: float, detail: str = "") -> None:
+def announce(phase: Phase, start: float, detail: str = "") -> None:
+    """A phase began at `start`; again with another detail while it goes on."""
     _send({"begin": {"phase": phase.value, "start": start, "pid": os.getpid(), "detail": detail}})
 
 
 def progress(phase: Phase, detail: str) -> None:
     """Tell how far a phase that is under way in this process is, such as "shard 3 of 9"."""
     if phase in _active:
-        _announce(phase, _active[phase], detail)
+        announce(phase, _active[phase], detail)
 
 
 def _report(phase: Phase, error: Exception) -> None:
@@ -113,7 +114,7 @@ def span(phase: Phase, detail: str = "") -> Iterator[None]:
         return
     begin = now()
     _active[phase] = begin
-    _announce(phase, begin)
+    announce(phase, begin)
     try:
         yield
     except Exception as error:
@@ -136,7 +137,7 @@ def _around(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
 def _tail(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        _announce(phase, _last)
+        announce(phase, _last)
         try:
             result = function(*args, **kwargs)
         except Exception as error:

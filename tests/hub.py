@@ -161,11 +161,12 @@ class _Handler(BaseHTTPRequestHandler):
         data = self.hub.lies.get(name) or (folder / name).read_bytes()
         headers = {"ETag": f'"{self.hub.etag(folder, name)}"', "X-Repo-Commit": commit}
         status, start = 200, 0
-        wanted = re.fullmatch(r"bytes=(\d+)-", self.headers["Range"] or "")
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers["Range"] or "")
         if wanted and self.command == "GET":
             self.hub.ranges.append(f"{name} {wanted[0]}")
             status, start = 206, int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            whole, data = len(data), data[: int(wanted[2]) + 1] if wanted[2] else data
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{whole}"
         if self.command == "GET" and name in self.hub.stalled:
             self._part(status, data[start:], 10, headers)
             while name in self.hub.stalled:

@@ -20,6 +20,7 @@ import pytest
 
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 
+ASK = Path(__file__).parent / "ask.py"
 PREFIX = "coldstart-test"
 READY_SECONDS = 300
 # A short context keeps the KV cache's bookkeeping small; the shortest drain that still is one.
@@ -85,6 +86,18 @@ def _answers(container: Container, path: str, status: int) -> bool:
         return get(container, path).status == status
     except OSError:
         return False
+
+
+def ask(container: Container) -> Any:
+    """The model's name and its answer to one chat question, asked inside the container."""
+    code, output = container.run(["python3", "-c", ASK.read_text()])
+    assert code == 0, output
+    return json.loads(output.strip().splitlines()[-1])
+
+
+def wait_healthy(container: Container) -> None:
+    """By the image's own check, for containers without a port that is published."""
+    wait_until(lambda: container.run(["python3", "-m", "runtime", "health"])[0] == 0, container)
 
 
 def wait_ready(container: Container) -> None:

@@ -9,7 +9,6 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,9 +18,8 @@ from openai import NotFoundError, OpenAI
 from benchmarks.load import Target, shut_down_under_load, storm
 from builder.docker_engine import Container, DockerEngine
 from runtime.phases import Phase, PhaseEvent, covered_seconds
-from tests.image.conftest import get, wait_ready, wait_until
+from tests.image.conftest import ask, get, wait_healthy, wait_ready, wait_until
 
-ASK = Path(__file__).parent / "ask.py"
 # What happens at a start on a CPU with baked weights; `compile` does not, since CPU images start eager.
 CPU_PHASES = {
     *(Phase.SERVER_BIND, Phase.CONFIG_PARSE, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.ENGINE_INIT),
@@ -35,10 +33,8 @@ def test_answers_a_question_with_no_network(
 ) -> None:
     tag = request.getfixturevalue(image)["tag"]
     container = start(tag, network="none", publish=False)
-    wait_until(lambda: container.run(["python3", "-m", "runtime", "health"])[0] == 0, container)
-    code, output = container.run(["python3", "-c", ASK.read_text()])
-    assert code == 0, output
-    answer = json.loads(output.strip().splitlines()[-1])
+    wait_healthy(container)
+    answer = ask(container)
     assert answer["model"] == "SmolLM2-135M-Instruct"
     assert "Paris" in answer["chat"]
 

@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import pytest
 
-from builder import build, hub
+from builder import build, hub, models
 from builder.errors import HostError, InputError
 from builder.plan import BaseImage
 from builder.probe import parse_argument_list, parse_base_facts, parser_complaint
 from builder.report import SilentReporter
 from builder.verify import _TOKEN_VARIABLE
+from tests.models import write_model
 
 _Usage = namedtuple("_Usage", "total used free")
 
@@ -107,3 +108,32 @@ def test_base_is_asked_for_its_arguments_once(tmp_path: Path, monkeypatch: pytes
     assert arguments("base:1", "sha256:b") == "[]\n"
     assert arguments("odd:1", "sha256:c") is None
     assert asked == ["base:1", "base:1", "odd:1"]
+
+
+def test_mountable_folder_is_the_users_own_where_a_container_can_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTART_CACHE", str(tmp_path / "cache"))
+    root = write_model(tmp_path / "model")
+    for path in root.iterdir():
+        path.chmod(0o644)
+    snapshot = models.resolve(models.parse_ref(str(root)), SilentReporter())
+    root.chmod(0o755)
+    assert build._mountable(snapshot, SilentReporter()) == root
+    (root / "model.safetensors").chmod(0o600)
+    (root / "blob").write_bytes((root / "config.json").read_bytes())
+    (root / "config.json").unlink()
+    (root / "config.json").symlink_to("blob")  # as in the hub's cache
+    folder = build._mountable(snapshot, SilentReporter())
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        file.path: (root / file.path).read_bytes() for file in snapshot.lock.files
+    }
+    assert all(path.stat().st_mode & 0o777 == 0o644 and not path.is_symlink() for path in folder.iterdir())
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert build._mountable(snapshot, SilentReporter()) == folder
+    (folder.parent / "private").mkdir(mode=0o700)
+    for file in snapshot.lock.files:
+        (folder / file.path).rename(folder.parent / "private" / file.path)
+    private = models.ModelSnapshot(snapshot.lock, folder.parent / "private")
+    folder.rmdir()
+    assert build._mountable(private, SilentReporter()) == folder

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -481,3 +482,56 @@ def test_model_that_cannot_be_quantized_is_refused_before_its_weights_come(tmp_p
         assert "Qwen3MoeForCausalLM on CPUs" in done.stderr
         assert any("config.json" in request for request in hub.requests)
         assert not any("safetensors" in request for request in hub.requests)
+
+
+def test_download_takes_the_lock_from_the_hub_and_leaves_the_weights_there(hub: Hub, tmp_path: Path) -> None:
+    left = _plan(hub, tmp_path, REPO, "--weights", "download")
+    assert left.returncode == 0, left.stderr
+    # Of a shard its header is read; nothing of it is in the cache.
+    assert sorted(hub.ranges) == [
+        "model-00001-of-00002.safetensors bytes=0-100000",
+        "model-00002-of-00002.safetensors bytes=0-100000",
+    ]
+    assert not [name for name in hub.bodies if name.endswith(".safetensors")][2:]
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+    manifest, baked = (json.loads(done.stdout)["manifest"] for done in (left, _plan(hub, tmp_path)))
+    assert manifest["weights"] == "download"
+    assert manifest["model"] == baked["model"]
+
+
+def test_shard_that_the_index_names_and_the_hub_lacks(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "model-00002-of-00002.safetensors").unlink()
+    done = _plan(hub, tmp_path, REPO, "--weights", "download")
+    assert done.returncode == 3
+    assert "the shard model-00002-of-00002.safetensors is missing" in done.stderr
+
+
+def test_tensor_that_the_index_names_and_no_header_has(hub: Hub, tmp_path: Path) -> None:
+    index = hub.folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"t1"', '"t9"'))
+    done = _plan(hub, tmp_path, REPO, "--weights", "download")
+    assert done.returncode == 3
+    assert "has no tensor 't9'" in done.stderr
+
+
+def test_shard_on_the_hub_without_a_header(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "model-00001-of-00002.safetensors").write_bytes(b"not safetensors at all")
+    done = _plan(hub, tmp_path, REPO, "--weights", "download")
+    assert done.returncode == 3
+    assert "model-00001-of-00002.safetensors of org/tiny-model is corrupt" in done.stderr
+
+
+def test_weights_that_the_hub_keeps_in_git_are_looked_at_here(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.hub._LFS_SUFFIXES", (".bin",))
+    done = _plan(hub, tmp_path, REPO, "--weights", "download")
+    assert done.returncode == 0, done.stderr
+    shard = next(f for f in json.loads(done.stdout)["manifest"]["model"]["files"] if "00001" in f["path"])
+    assert shard["sha256"] == sha256((hub.folder / shard["path"]).read_bytes()).hexdigest()
+
+
+def test_folder_cannot_be_downloaded(hub: Hub, tmp_path: Path) -> None:
+    done = _plan(hub, tmp_path, str(hub.folder), "--weights", "download")
+    assert done.returncode == 2
+    assert "Bake or mount it" in done.stderr

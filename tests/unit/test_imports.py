@@ -19,7 +19,7 @@ _MAY_IMPORT = {
 }
 _ONLY_IN = {
     "docker": {"builder/docker_engine.py"},
-    "huggingface_hub": {"builder/hub.py"},
+    "huggingface_hub": {"builder/hub.py", "runtime/fetch.py"},
     "jinja2": {"builder/render.py"},
     "resvg_py": {"benchmarks/svg.py"},
     "vllm": {"runtime/engine.py", "runtime/template.py"},

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,6 +49,25 @@ def test_cpu_and_gpu_differ_in_data_only() -> None:
     assert gpu.engine_args == ()
     assert set(dict(cpu.environment)) - set(dict(gpu.environment)) == {"VLLM_ENABLE_V1_MULTIPROCESSING"}
     assert (cpu.weights.layers, cpu.model_path) == (gpu.weights.layers, gpu.model_path)
+
+
+@pytest.mark.parametrize("weights", ["download", "mount"])
+def test_without_baked_weights_the_image_is_from_the_base(weights: str) -> None:
+    made, baked = plan(weights=weights), plan()
+    assert (made.parent, baked.parent) == ("base:1", baked.weights.tag)
+    assert (made.weights.layers, made.disk_bytes) == ((), 0)
+    assert made.manifest["weights"] == weights
+    assert made.manifest["model"] == baked.manifest["model"]  # digests of what is to be there
+    # Leftovers of a build are told by this label; a baked image inherits it.
+    assert (
+        "=".join(("dev.coldstart.weights.key", dict(made.labels)["dev.coldstart.weights.key"])) == made.label
+    )
+
+
+@pytest.mark.parametrize(("weights", "offline"), [("bake", True), ("mount", True), ("download", False)])
+def test_only_the_image_that_downloads_may_reach_the_hub(weights: str, offline: bool) -> None:
+    environment = dict(plan(weights=weights).environment)
+    assert ("HF_HUB_OFFLINE" in environment, "TRANSFORMERS_OFFLINE" in environment) == (offline, offline)
 
 
 def test_user_arguments_come_after_the_defaults() -> None:

@@ -35,6 +35,15 @@ def test_dockerfile_is_the_golden_one(device: str, name: str) -> None:
     assert rendered.dockerfile == golden.read_text()
 
 
+@pytest.mark.parametrize("weights", ["download", "mount"])
+def test_dockerfile_without_baked_weights_is_the_golden_one(weights: str) -> None:
+    text = render.render_image(plan("cpu", weights=weights)).dockerfile
+    golden = GOLDEN / f"cpu.{weights}.Dockerfile"
+    if os.environ.get("COLDSTART_UPDATE_GOLDEN"):
+        golden.write_text(text)
+    assert text == golden.read_text()
+
+
 @pytest.mark.parametrize("extras", [False, True])
 def test_cpu_base_dockerfile_is_the_golden_one(extras: bool) -> None:
     text = render.render_base_cpu(
@@ -183,3 +192,9 @@ def test_recorded_state_is_one_layer_on_top(tmp_path: Path) -> None:
         'COPY ["state/", "/opt/coldstart/state/"]',
     ]
     assert rendered.files == (ContextFile("state/files.txt", tmp_path / "files.txt"),)
+
+
+@pytest.mark.parametrize("weights", ["download", "mount"])
+def test_rendered_folder_without_baked_weights_is_one_image(tmp_path: Path, weights: str) -> None:
+    write(plan(weights=weights), tmp_path / "not-read", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["image"]

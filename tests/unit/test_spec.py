@@ -40,6 +40,18 @@ def test_unknown_quantization(value: object) -> None:
         load_spec(None, {"model": "org/a", "quantize": value})
 
 
+@pytest.mark.parametrize("change", [{"quantize": "awq"}, {"max_shard_size": "500MiB"}])
+def test_weights_that_are_made_here_cannot_be_downloaded(change: dict[str, str]) -> None:
+    with pytest.raises(InputError, match="Bake or mount them"):
+        load_spec(None, {"model": "org/a", "weights": "download", **change})
+    assert load_spec(None, {"model": "org/a", "weights": "mount", "quantize": "awq"}).weights == "mount"
+
+
+def test_weights_that_come_from_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="`weights`.*'bake', 'download' or 'mount'"):
+        load_spec(_file(tmp_path, "model: org/a\nweights: baked\n"), {})
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
