@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from http import HTTPStatus
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from runtime import logs, trace
+from runtime import logs, shortcuts, trace
 from runtime.guard import AsgiApp, Guard, Scope, Send
 from runtime.lifecycle import Lifecycle, Reply, State
 from runtime.listener import Acceptor
@@ -36,6 +37,15 @@ _FIRST_REQUEST_SECONDS = 1.0
 _ERROR_SECONDS = 1.0
 # What the engine core and its workers may take to release memory before they are killed.
 _SHUTDOWN_SECONDS = 5.0
+_ROUTES = (
+    "vllm.entrypoints.serve",
+    "vllm.entrypoints.serve.sagemaker.api_router",
+    "vllm.entrypoints.serve.profile.api_router",
+    "vllm.entrypoints.serve.elastic_ep.api_router",
+    "vllm.entrypoints.openai.models.api_router",
+    "vllm.entrypoints.generate.structured_decisions.api_router",
+    "vllm.entrypoints.scale_out.factories",
+)
 _CORE_DIED = "the engine core or a worker of it died"
 
 
@@ -88,6 +98,7 @@ async def _serve(
         args = _parse(settings.vllm_args())
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+    shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_routes)
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -124,6 +135,13 @@ async def _serve(
     if died:
         raise EngineFailedError(_CORE_DIED)
     channel.send(("stopped", not requests.cut))
+
+
+def _import_routes() -> None:
+    """What vLLM imports only when it builds its routes."""
+    for name in _ROUTES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
 def _parse(argv: list[str]) -> Any:

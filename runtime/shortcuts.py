@@ -13,6 +13,7 @@ import marshal
 import mmap
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,42 @@ def _lazy_zeros(zeros: Callable[..., Any]) -> Callable[..., Any]:
         return zeros(size, dtype=dtype, device=device, **kwargs)
 
     return lazy
+
+
+def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> None:
+    """Have AsyncLLM launch the engine core first, and make the tokenizer while that one starts.
+
+    then: called after the tokenizer is made, in its thread, while the core still starts. For the API process.
+    """
+    import vllm.v1.engine.async_llm as module
+
+    make_renderer, make_client = module.renderer_from_config, module.EngineCoreClient.make_async_mp_client
+
+    def beside(config: Any) -> Any:
+        if config.model_config.is_multimodal_model:  # the client wants its renderer when the core starts
+            return make_renderer(config)
+        wanted = {"vllm_config": config, "executor_class": module.Executor.get_class(config)}
+        with ThreadPoolExecutor(1) as pool:
+            renderer = pool.submit(make_renderer, config)
+            pool.submit(then)
+            client = make_client(**wanted, log_stats=log_stats)
+        try:
+            made = renderer.result()
+        except BaseException:
+            client.shutdown()
+            raise
+
+        def take(**asked: Any) -> Any:
+            same = all(asked[name] is value for name, value in wanted.items())
+            if same and asked["log_stats"] == log_stats and not asked.get("client_addresses"):
+                return client
+            client.shutdown()
+            return make_client(**asked)
+
+        module.EngineCoreClient.make_async_mp_client = staticmethod(take)
+        return made
+
+    module.renderer_from_config = beside
 
 
 class ImportStructures(MetaPathFinder):
