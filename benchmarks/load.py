@@ -81,7 +81,7 @@ class Client:
     ) -> Answer | None:
         """None, and the tally says so, when there is no whole answer."""
         if self._reader is not None and self._reader.at_eof():
-            self.close()  # closed by the server while it was idle; every client looks before it uses one again
+            self.close()  # the server closed it while idle; every client looks before it uses one again
         if self._writer is None:
             try:
                 self._reader, self._writer = await asyncio.open_connection(
