@@ -80,6 +80,8 @@ class Client:
         self, request: list[h11.Event], first_byte: Callable[[], None] = lambda: None
     ) -> Answer | None:
         """None, and the tally says so, when there is no whole answer."""
+        if self._reader is not None and self._reader.at_eof():
+            self.close()  # the server closed it while idle; every client looks before it uses one again
         if self._writer is None:
             try:
                 self._reader, self._writer = await asyncio.open_connection(
@@ -167,8 +169,7 @@ async def stream(
         answer = await client.ask(target.complete(tokens, stream=True), running.set)
         if answer is not None and answer.status == 200:
             count_stream(answer, tokens, tally)
-        else:
-            await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(_PAUSE_SECONDS)
     client.close()
 
 
