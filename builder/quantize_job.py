@@ -74,7 +74,7 @@ LOGITS_AT_ONCE = 128
 GENERATE_BATCH = 24
 MAX_ROUNDS = 8
 # Several layers of an image are pulled at once, and a shard is the smallest piece that can be one.
-SHARD_SIZE = "2GB"
+SHARD_SIZE = 1 << 30
 
 
 def _claim_stdout() -> Report:

@@ -353,10 +353,14 @@ def _export_metrics(lifecycle: Lifecycle, guard: Guard) -> None:
     """Ours beside vLLM's own metrics on /metrics."""
     from prometheus_client import Gauge
 
+    from runtime import template
+
     phases = Gauge("coldstart_phase_seconds", "Seconds that a start-up phase took", ["phase", "process"])
     for event in lifecycle.events:
         phases.labels(event.phase.value, event.process).inc(event.seconds)
     in_flight = Gauge("coldstart_in_flight_requests", "Requests under way, but for probes and metrics")
     in_flight.set_function(lambda: guard.in_flight)
+    cache = Gauge("coldstart_cache_hit", "1 if this start used what the image has recorded", ["cache"])
+    cache.labels("imports").set(template.imports_remembered)
     draining = Gauge("coldstart_draining", "1 from SIGTERM on")
     draining.set_function(lambda: lifecycle.state is State.DRAINING)

@@ -474,7 +474,7 @@ def _entry(head: str, text: str) -> list[str]:
 
 
 def markdown_table() -> str:
-    """The table of docs/settings.md."""
+    """The table of docs/operating.md."""
     rows = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
     for option in OPTIONS:
         default = "" if option.default is None else f"`{option.default}`"

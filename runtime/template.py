@@ -73,6 +73,8 @@ def _load() -> None:
     if recording:
         record.start(Path(recording))
     structures = shortcuts.ImportStructures(shortcuts.read_structures(prefetch.STATE / shortcuts.STRUCTURES))
+    global imports_remembered
+    imports_remembered = bool(structures.known)
     sys.meta_path.insert(0, structures)
     with trace.span(Phase.ENGINE_IMPORT):
         _fork_from_template()
@@ -96,6 +98,8 @@ def _load() -> None:
         print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)
 
 
+# Whether the image's record of transformers' imports fits this installation, for the API process's metrics.
+imports_remembered = False
 # The forkserver swallows ImportError from a preloaded module; the API process reports this instead.
 failure = ""
 if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from builder.docker_engine import Container, DockerEngine
-from tests.image.conftest import PREFIX, coldstart, wait_ready
+from tests.image.conftest import PREFIX, coldstart, get, wait_ready
 
 _LOOK = """
 import json, os
@@ -26,7 +26,7 @@ print(json.dumps({
     "listed": (state / prefetch.FILE_LIST).read_text().splitlines(),
     "structures": len(shortcuts.read_structures(state / shortcuts.STRUCTURES)),
     "template_threads": [int(status[pid]["Threads"]) for pid in templates],
-    "resident": sum(int(s.get("VmRSS", "0 kB").split()[0]) * 1024 for s in status.values()),
+    "resident": sum(int(s.get("RssAnon", "0 kB").split()[0]) * 1024 for s in status.values()),
 }))
 """
 
@@ -43,6 +43,7 @@ def test_a_recorded_start_helps_the_next(
     assert engine.require_image(plain["tag"]).labels["dev.coldstart.prewarmed"] == "yes"
     container = start(plain["tag"])
     wait_ready(container)
+    assert b'coldstart_cache_hit{cache="imports"} 1.0' in get(container, "/metrics").body
     found = _json(container, ["python3", "-c", _LOOK])
     assert any(path.endswith("/libtorch_cpu.so") for path in found["listed"][:10])
     assert any(path.endswith(".pyc") for path in found["listed"])

@@ -242,7 +242,7 @@ def _check_logs(logs: str, start_id: str) -> None:
     assert {"pid1", "api", "EngineCore"} <= {record["process"] for record in records}
     summary = next(r["message"] for r in records if r["message"].startswith("ready after"))
     assert "engine_import" in summary
-    assert records[-1]["message"] == "exit 0"
+    assert records[-1]["message"] == "exit 0: stopped as asked"
     for key in (*KEYS, WRONG_KEY):
         assert key not in logs
 
