@@ -177,6 +177,9 @@ class Watcher(Protocol):
     def poll(self, phase: Phase | None) -> None:
         """It is not ready; `phase` began last, where the image says so."""
 
+    def answered(self) -> None:
+        """Its whole answer is there; what follows is not measured."""
+
     def end(self, run: Run) -> None: ...
 
 
@@ -184,6 +187,8 @@ class _NoWatcher:
     def begin(self, image: str) -> None: ...
 
     def poll(self, phase: Phase | None) -> None: ...
+
+    def answered(self) -> None: ...
 
     def end(self, run: Run) -> None: ...
 
@@ -450,6 +455,8 @@ class _Bench:
         try:
             self._sample(container, sample)
             self._observe(container, image, sample, deadline, task)
+            self.watcher.answered()
+            task.detail(f"stopping {image.reference}")
             self._stop(container, sample)
         finally:
             if sample.sampler is not None:

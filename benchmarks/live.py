@@ -27,6 +27,7 @@ class LiveView:
         self._done, self._total, self._detail = 0, 0, ""
         self._runs: list[Run] = []
         self._image, self._began = "", clock()
+        self._ended: float | None = None
         self._seen: list[tuple[Phase, float, float]] = []
 
     # Reporter
@@ -60,7 +61,7 @@ class LiveView:
     # Watcher
 
     def begin(self, image: str) -> None:
-        self._image, self._began, self._seen = image, self._clock(), []
+        self._image, self._began, self._ended, self._seen = image, self._clock(), None, []
 
     def poll(self, phase: Phase | None) -> None:
         at = self._clock() - self._began
@@ -70,6 +71,9 @@ class LiveView:
             self._seen[-1] = (phase, self._seen[-1][1], at)
         else:
             self._seen.append((phase, self._seen[-1][2] if self._seen else at, at))
+
+    def answered(self) -> None:
+        self._ended = self._clock()
 
     def end(self, run: Run) -> None:
         self._runs.append(run)
@@ -86,7 +90,7 @@ class LiveView:
 
     def _running(self) -> RenderableType:
         """Bars on the scale of the slowest start of this image so far."""
-        elapsed = self._clock() - self._began
+        elapsed = (self._ended or self._clock()) - self._began
         known = [run.total_seconds for run in self._runs if run.image == self._image and run.total_seconds]
         scale = max([elapsed, 1.0, *known])
         grid = Table.grid(padding=(0, 1), expand=True)

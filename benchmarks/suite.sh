@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
-RUNS=${RUNS:-5}
+RUNS=${RUNS:-6} # fewer give no 95 % interval
 AWQ=coldstart-bench/smollm2:awq
 BF16=coldstart-bench/smollm2:bf16
 STOCK=coldstart-bench/smollm2:stock-eager
@@ -17,4 +17,7 @@ weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" 
   python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
 DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
 mkdir -p benchmarks/results
-coldstart bench "$STOCK" "$BF16" "$AWQ" --runs "$RUNS" --json "benchmarks/results/smollm2-$(date +%F).json"
+for cache in warm cold; do
+  name=benchmarks/results/smollm2-$(date +%F)-$cache
+  coldstart bench "$STOCK" "$BF16" "$AWQ" --runs "$RUNS" --page-cache "$cache" --json "$name.json" --svg "$name.svg"
+done

@@ -13,7 +13,7 @@ say() { echo "clean: $*" >&2; }
 clean_engine() {
   docker ps -aq --filter label=dev.coldstart.tool | xargs -r docker rm -f >/dev/null
   docker images --format '{{.Repository}}:{{.Tag}}' |
-    grep -E '^(coldstart-(bench|demo|test|testbed)/|coldstart/(weights|base-cpu):)' | xargs -r docker rmi >/dev/null
+    grep -E '^(coldstart-(bench|demo|soak|test|testbed)/|coldstart/(weights|base-cpu):)' | xargs -r docker rmi >/dev/null
   for label in dev.coldstart.role=weights dev.coldstart.role=server dev.coldstart.base.stage=build; do
     docker image prune -f --filter "label=$label" >/dev/null
   done

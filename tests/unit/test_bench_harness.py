@@ -453,12 +453,15 @@ def test_a_watcher_sees_each_run_and_the_phase_that_the_image_tells() -> None:
             if phase != self.all[-1]:
                 self.all.append(phase)
 
+        def answered(self) -> None:
+            self.all.append("answered")
+
         def end(self, run: Run) -> None:
             self.all.append(run)
 
     seen = Seen()
     result = bench(StubHost(a={}), "a", watcher=seen)
-    assert seen.all == ["a", Phase.ENGINE_IMPORT, *result.runs]
+    assert seen.all == ["a", Phase.ENGINE_IMPORT, "answered", *result.runs]
 
 
 @pytest.fixture(scope="module")

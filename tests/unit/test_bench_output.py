@@ -177,6 +177,9 @@ def test_phases_fill_up_on_the_scale_of_the_slowest_start_so_far() -> None:
         view.poll(phase)
     early = shown()
     assert re.search(r"engine_import +▐?█+ 4\.0 s", early)
+    view.answered()
+    seconds[0] = 9.0  # the container is being stopped
+    assert shown() == early
     view.end(known_run("a", 0, 10.0))
     assert "engine_import" not in shown()
     seconds[0] = 0.0
