@@ -22,7 +22,7 @@ _ONLY_IN = {
     "huggingface_hub": {"builder/hub.py", "runtime/fetch.py"},
     "jinja2": {"builder/render.py"},
     "resvg_py": {"benchmarks/svg.py"},
-    "vllm": {"runtime/engine.py", "runtime/template.py"},
+    "vllm": {"runtime/engine.py", "runtime/shortcuts.py", "runtime/template.py"},
     "llmcompressor": {"builder/quantize_job.py"},
 }
 
