@@ -76,7 +76,8 @@ def read_folder(folder: Path) -> tuple[list[tuple[str, BenchResult]], list[str]]
 
 
 def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED) -> list[Series]:
-    """One series an image; its versions are the tags where no result holds two images of a repository.
+    """One series an image and state of the caches; its versions are the tags where no result holds two images
+    of a repository.
 
     Otherwise, as when tags tell variants apart, it is the whole reference. Points of different machines or
     requests are not compared.
@@ -94,12 +95,25 @@ def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED)
             samples = tuple(totals(result, image.reference))
             if not samples:
                 continue
-            line = points.setdefault(image.reference if repository in crowded else repository, [])
+            name = image.reference if repository in crowded else repository
+            line = points.setdefault(name + _state(result, image.reference), [])
             label = f"{result.created:%Y-%m-%d}" if repository in crowded or not tag else tag
             comparable = line and _conditions(line[-1].result) == _conditions(result)
             change = ratio_of_medians(samples, line[-1].samples) if comparable else None
             line.append(Point(label, result, source, samples, change, allowed))
     return [Series(name, tuple(line)) for name, line in points.items()]
+
+
+def _state(result: BenchResult, reference: str) -> str:
+    """What its starts were made to find, e.g. " (page cache cold)"; empty where nothing was controlled."""
+    state = next(run.state for run in result.runs if run.image == reference)
+    words = [
+        f"{cache.replace('_', ' ')} {value}"
+        for cache in ("page_cache", "compile_cache")
+        if (value := getattr(state, cache)) != "as_is"
+    ]
+    words += ["pulled"] if state.pulled else []
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _conditions(result: BenchResult) -> tuple[Machine, Workload]:

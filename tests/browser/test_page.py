@@ -209,4 +209,4 @@ def test_the_history_fits_a_narrow_screen(browser: Chrome, tmp_path: Path) -> No
     resize(browser, 400)
     browser.get(path.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
-    assert len(all_of(browser, "svg circle")) == 3
+    assert len(all_of(browser, "svg circle")) >= 3

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.history import Series, marked, page, read_folder, series, svg, table
-from benchmarks.schema import BenchResult, ImageFacts
+from benchmarks.schema import BenchResult, ImageFacts, State
 from builder.errors import InputError
 from tests.unit.test_bench_report import known_result, known_run
 
@@ -56,6 +56,21 @@ def test_what_may_be_noise_or_is_allowed_is_not_marked() -> None:
     assert marks(version(1, 5.0, 5.5, 6.0), version(2, 5.6, 6.0, 6.6)) == ["", ""]
     assert marks(version(1, 5.0, 5.1, 5.2), version(2, 6.0, 6.1, 6.2), allowed=0.3) == ["", ""]
     assert marks(version(1, 5.0), version(2, 9.0)) == ["", ""]
+
+
+def test_cold_and_warm_starts_are_not_versions_of_each_other() -> None:
+    def under(state: State, item: tuple[str, BenchResult]) -> tuple[str, BenchResult]:
+        runs = [run.model_copy(update={"state": state}) for run in item[1].runs]
+        return item[0], item[1].model_copy(update={"runs": runs})
+
+    warm = under(State(page_cache="warm"), version(1, 5.0, 5.1, 5.2))
+    cold = under(State(page_cache="cold"), version(2, 6.0, 6.1, 6.2))
+    lines = series([warm, cold])
+    assert [(line.name, len(line.points)) for line in lines] == [
+        ("reg:5000/team/app (page cache warm)", 1),
+        ("reg:5000/team/app (page cache cold)", 1),
+    ]
+    assert marked(lines) == []
 
 
 def test_versions_of_different_machines_are_not_compared() -> None:
