@@ -38,7 +38,7 @@ demo-clean:
 bench: $(VENV)/.made
 	$(TESTBED) benchmarks/suite.sh
 
-# What a request pays, and fifty shutdowns under load: about an hour on a quiet machine.
+# What a request pays, and fifty shutdowns under load: 20 minutes on a quiet machine.
 soak: $(VENV)/.made
 	$(TESTBED) benchmarks/soak.sh
 
