@@ -1,7 +1,7 @@
 """Has the kernel read a start's files ahead, in the order in which the start will need them.
 
 vLLM's imports are thousands of small files and a few large libraries, read one after the other by one
-thread. From a cold disk that waiting is most of a start; read ahead, it overlaps with the work.
+thread. From a cold disk it waits for each; read ahead, the waiting overlaps with the work.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What vLLM and its libraries do slowly at a start, done later, beforehand or not at all.
 
-Each shortcut replaces one function in the template process, before the first fork, and none changes an
-answer. A release that lacks the function starts without the shortcut.
+Each shortcut replaces a function of a library before it is called, in the template process or in the API
+process, and none changes an answer. A release that lacks the function starts without the shortcut.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> 
     """
     import vllm.v1.engine.async_llm as module
 
+    if not (hasattr(module, "renderer_from_config") and hasattr(module, "EngineCoreClient")):
+        return
     make_renderer, make_client = module.renderer_from_config, module.EngineCoreClient.make_async_mp_client
 
     def beside(config: Any) -> Any:
