@@ -34,8 +34,9 @@ _ENGINE_DEFAULTS: Mapping[Device, tuple[str, ...]] = {
 _DEVICE_ENV: Mapping[Device, Mapping[str, str]] = {
     "cuda": {},
     # The engine core runs its one worker in process: the multi-process executor wants more /dev/shm
-    # than `docker run` gives.
-    "cpu": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+    # than `docker run` gives. An eager vLLM would still compile small functions when a request first needs
+    # them, log-probabilities for one.
+    "cpu": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1"},
 }
 
 

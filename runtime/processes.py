@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -142,28 +142,30 @@ def adopt_orphans() -> None:
 
 def end_descendants(pid: int, seconds: float) -> None:
     """Kill every process below `pid` and wait until none is left, `seconds` at most."""
-    deadline = time.monotonic() + seconds
     # multiprocessing's resource tracker removes the semaphores and shared memory of the others when it sees,
-    # by their end of a pipe, that they are gone; ours is the last.
+    # by their end of a pipe, that they are gone; ours is the last. A process that was just being started
+    # holds that pipe too, so whoever appears meanwhile is killed as well.
     tracker: Any = resource_tracker._resource_tracker
-    _kill_below(pid, tracker._pid, deadline)
-    if tracker._fd is not None:
-        os.close(tracker._fd)
-        tracker._fd = None
-    while tracker._pid in descendants(pid) and time.monotonic() < deadline:
+    deadline = time.monotonic() + seconds
+    while (left := set(descendants(pid))) and time.monotonic() < deadline:
+        if left == {tracker._pid}:
+            if tracker._fd is not None:
+                os.close(tracker._fd)
+                tracker._fd = None
+        else:
+            _kill(left - {tracker._pid})
         reap()
         time.sleep(_POLL_SECONDS)
-    _kill_below(pid, None, deadline + seconds)
-
-
-def _kill_below(pid: int, spared: int | None, deadline: float) -> None:
-    # Again and again: one may have forked in the meantime.
-    while (left := [child for child in descendants(pid) if child != spared]) and time.monotonic() < deadline:
-        for child in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+    while (left := set(descendants(pid))) and time.monotonic() < deadline + seconds:
+        _kill(left)
         reap()
         time.sleep(_POLL_SECONDS)
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def shared_memory(pid: int) -> set[Path]:

@@ -25,16 +25,14 @@ RUN suitable() { python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; 
  && python=python3 && if suitable 2>/dev/null; then python=; fi \
  && apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-      ca-certificates libgomp1 libnuma1 $python \
+      ca-certificates g++ libgomp1 libnuma1 $python \
  && apt-get clean && rm -rf /var/lib/apt/lists/* \
  && python3 -m compileall -q -x '/(test|tests|site-packages|dist-packages)/' \
       "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
 
 COPY --from=build /opt/vllm /opt/vllm
 
-# There is no C++ compiler here. vLLM compiles small functions when a request first needs them, even when it
-# started eager: asking for log-probabilities would end the engine.
-ENV PATH=/opt/vllm/bin:$PATH \
-    TORCH_COMPILE_DISABLE=1
+# g++ is torch.compile's on CPUs, also where every compiled kernel comes from a cache.
+ENV PATH=/opt/vllm/bin:$PATH
 LABEL dev.coldstart.base.device="cpu" \
       dev.coldstart.base.vllm=0.32.0

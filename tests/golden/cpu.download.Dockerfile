@@ -14,7 +14,7 @@ LABEL "dev.coldstart.role"="server" \
       "org.opencontainers.image.revision"="aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" \
       "org.opencontainers.image.source"="hf://org/Tiny-1B" \
       "org.opencontainers.image.title"="org/Tiny-1B"
-ENV DO_NOT_TRACK="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" USER="coldstart" VLLM_ENABLE_V1_MULTIPROCESSING="0" VLLM_NO_USAGE_STATS="1"
+ENV DO_NOT_TRACK="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" TORCH_COMPILE_DISABLE="1" USER="coldstart" VLLM_ENABLE_V1_MULTIPROCESSING="0" VLLM_NO_USAGE_STATS="1"
 COPY ["coldstart/", "/opt/coldstart/"]
 USER root
 RUN ["install", "-d", "-g", "0", "-m", "0775", "/models", "/models/Tiny-1B"]

@@ -13,7 +13,7 @@ LABEL "dev.coldstart.role"="server" \
       "org.opencontainers.image.revision"="aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa" \
       "org.opencontainers.image.source"="hf://org/Tiny-1B" \
       "org.opencontainers.image.title"="org/Tiny-1B"
-ENV DO_NOT_TRACK="1" HF_HUB_OFFLINE="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" TRANSFORMERS_OFFLINE="1" USER="coldstart" VLLM_ENABLE_V1_MULTIPROCESSING="0" VLLM_NO_USAGE_STATS="1"
+ENV DO_NOT_TRACK="1" HF_HUB_OFFLINE="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" TORCH_COMPILE_DISABLE="1" TRANSFORMERS_OFFLINE="1" USER="coldstart" VLLM_ENABLE_V1_MULTIPROCESSING="0" VLLM_NO_USAGE_STATS="1"
 COPY ["coldstart/", "/opt/coldstart/"]
 USER 2000:0
 WORKDIR /tmp

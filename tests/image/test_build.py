@@ -338,7 +338,7 @@ def test_quantizing_what_is_quantized_is_refused(tmp_path: Path, base: str) -> N
 
 
 @pytest.mark.parametrize(
-    "step", ["Looking into", "Building the weights image", "Step 3/", "Building coldstart-test"]
+    "step", ["Looking into", "Building the weights image", "Step 3/", f"Building {PREFIX}"]
 )
 def test_ctrl_c_leaves_nothing_half_made(step: str, tmp_path: Path, base: str, engine: DockerEngine) -> None:
     # A model of its own, so that its weights image is not there yet; large enough to be caught sending it.

@@ -47,7 +47,9 @@ def test_cpu_and_gpu_differ_in_data_only() -> None:
     cpu, gpu = plan("cpu"), plan("cuda")
     assert cpu.engine_args[0] == "--enforce-eager"
     assert gpu.engine_args == ()
-    assert set(dict(cpu.environment)) - set(dict(gpu.environment)) == {"VLLM_ENABLE_V1_MULTIPROCESSING"}
+    assert set(dict(cpu.environment)) - set(dict(gpu.environment)) == {
+        *("VLLM_ENABLE_V1_MULTIPROCESSING", "TORCH_COMPILE_DISABLE")
+    }
     assert (cpu.weights.layers, cpu.model_path) == (gpu.weights.layers, gpu.model_path)
 
 

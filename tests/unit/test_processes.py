@@ -65,3 +65,36 @@ def test_shared_memory_of_killed_processes_is_known_and_semaphores_are_removed()
         """
     ).split(maxsplit=2)
     assert (segment, semaphore, left) == ("True", "False", "[]")
+
+
+def test_a_process_that_starts_while_all_are_ended_is_ended_and_its_semaphores_are_removed() -> None:
+    semaphore, left = _run(
+        """
+        import threading
+        from multiprocessing import resource_tracker
+
+        lock = processes.CONTEXT.Lock()
+        semaphore = "/dev/shm/sem." + lock._semlock.name.strip("/")
+        pipe = resource_tracker.getfd()
+        # What a forkserver does that is started by a thread while PID 1 ends: it holds the tracker's pipe.
+        late = threading.Timer(0.05, lambda: subprocess.Popen(["sleep", "61"], pass_fds=[held]))
+        held = os.dup(pipe)
+        late.start()
+        first = subprocess.Popen(["sleep", "60"], pass_fds=[held])
+        found = processes.descendants
+
+        def descendants(pid):  # the start is under way: the tracker alone is not left yet
+            result = found(pid)
+            if late.is_alive() and first.poll() is not None:
+                late.join()
+                os.close(held)
+            return result
+
+        processes.descendants = descendants
+        processes.end_descendants(os.getpid(), 20)
+        print(os.path.exists(semaphore), found(os.getpid()))
+        sys.stdout.flush()
+        os._exit(0)
+        """
+    ).split(maxsplit=1)
+    assert (semaphore, left) == ("False", "[]")
