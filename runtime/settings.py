@@ -262,7 +262,7 @@ class Settings:
     def engine_value(self, *flags: str) -> str | None:
         """What the engine is given for an argument, by any of its names; None where it is not given."""
         found = None
-        for flag, value in _pairs((*self.manifest.engine_args, *self.engine_args)):
+        for flag, value in pairs((*self.manifest.engine_args, *self.engine_args)):
             if flag.split(".", 1)[0] in flags:
                 found = value
         return found
@@ -399,7 +399,7 @@ def _flag(argument: str) -> str | None:
     return re.split(r"[=.]", argument, maxsplit=1)[0]
 
 
-def _pairs(arguments: Iterable[str]) -> list[tuple[str, str]]:
+def pairs(arguments: Iterable[str]) -> list[tuple[str, str]]:
     """(flag, value) of each argument; the value is "" where the flag stands alone."""
     pairs: list[tuple[str, str]] = []
     for argument in arguments:
@@ -428,8 +428,8 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
         for option in OPTIONS
     ]
     rows += [{"name": "--model", "value": settings.manifest.model_path, "from": "image"}]
-    engine = {flag: (value, "image") for flag, value in _pairs(settings.manifest.engine_args)}
-    engine |= {flag: (value, "flag") for flag, value in _pairs(settings.engine_args)}
+    engine = {flag: (value, "image") for flag, value in pairs(settings.manifest.engine_args)}
+    engine |= {flag: (value, "flag") for flag, value in pairs(settings.engine_args)}
     rows += [{"name": name, "value": value, "from": source} for name, (value, source) in engine.items()]
     variables = [name for name in sorted(environ) if name.startswith("VLLM_") or name in KEY_VARIABLES]
     rows += [{"name": name, "value": environ[name], "from": "environment"} for name in variables]

@@ -19,10 +19,11 @@ RUN python3 -m venv /opt/vllm \
 
 FROM debian:12
 
+# g++ and Python's headers are for torch.compile on CPUs, also where every compiled kernel comes from a cache.
 # python images ship without the standard library's bytecode, and a server that is not root would compile
 # it again at every start.
-RUN suitable() { python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; } \
- && python=python3 && if suitable 2>/dev/null; then python=; fi \
+RUN suitable() { python3 -c 'import os, sys, sysconfig; sys.exit(sys.version_info < (3, 11) or not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; } \
+ && python=python3-dev && if suitable 2>/dev/null; then python=; fi \
  && apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
       ca-certificates g++ libgomp1 libnuma1 $python \
@@ -32,7 +33,6 @@ RUN suitable() { python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; 
 
 COPY --from=build /opt/vllm /opt/vllm
 
-# g++ is torch.compile's on CPUs, also where every compiled kernel comes from a cache.
 ENV PATH=/opt/vllm/bin:$PATH
 LABEL dev.coldstart.base.device="cpu" \
       dev.coldstart.base.vllm=0.32.0
