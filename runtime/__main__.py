@@ -1,6 +1,7 @@
 """Entrypoint of every image: `python3 -m runtime [serve] [FLAGS]` as PID 1.
 
-`… health` is for HEALTHCHECK, `… fetch` is the download that PID 1 starts beside itself.
+`… health` is for HEALTHCHECK, `… fetch` is the download that PID 1 starts beside itself, `… switches` prints
+the optimisations that --off can name, as JSON.
 """
 
 # First of all, so that the clock starts before the imports that it measures.
@@ -53,6 +54,11 @@ def main(argv: list[str]) -> int:
             from runtime import fetch
 
             return fetch.main(settings_module.read_manifest())
+        if command == "switches":
+            from runtime import switches
+
+            print(switches.to_json())
+            return 0
         if {"-h", "--help"} & set(rest):
             print(settings_module.help_text(settings_module.read_vllm_arguments()))
             return 0
@@ -67,7 +73,7 @@ def _serve(argv: list[str], output: "Path | None") -> int:
     from contextlib import nullcontext
     from dataclasses import replace
 
-    from runtime import guard, logs, preflight
+    from runtime import guard, logs, preflight, switches
     from runtime import settings as settings_module
 
     parse_started = time.time()
@@ -90,6 +96,7 @@ def _serve(argv: list[str], output: "Path | None") -> int:
 
         return warm(settings, flags, output)
 
+    os.environ[switches.VARIABLE] = ",".join(settings.off)
     os.environ.update(guard.loopback_environment(settings.engine_args, os.environ))
     for name in settings_module.KEY_VARIABLES:  # the key is for the API process alone
         os.environ.pop(name, None)

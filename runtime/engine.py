@@ -25,6 +25,7 @@ from runtime.guard import AsgiApp, Guard, Scope, Send
 from runtime.lifecycle import Lifecycle, Reply, State
 from runtime.listener import Acceptor
 from runtime.phases import Phase, now
+from runtime.switches import Switch
 
 if TYPE_CHECKING:
     from runtime.settings import Settings
@@ -98,7 +99,8 @@ async def _serve(
         args = _parse(settings.vllm_args())
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_routes)
+    if Switch.CORE_BESIDE_TOKENIZER.on:
+        shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_routes)
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,

@@ -14,9 +14,11 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
+
+from runtime.switches import Switch
 
 _T = TypeVar("_T")
 
@@ -49,7 +51,33 @@ class TemplateContext(ForkServerContext):
     Process: ClassVar[type[ForkServerProcess]] = TemplateProcess
 
 
-CONTEXT = TemplateContext()
+class SpawnedProcess(SpawnProcess):
+    """A new interpreter that imports by itself what the template would have imported for it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # What comes before the state is called before the state, and with it vLLM, is unpickled.
+        return _import_and_make, (type(self),), self.__dict__
+
+
+def _import_and_make(process: type[SpawnedProcess]) -> SpawnedProcess:
+    from runtime import template
+
+    template.load()
+    return process.__new__(process)
+
+
+class SpawnedContext(SpawnContext):
+    """Without the template: slower, and as vLLM itself does it."""
+
+    Process: ClassVar[type[SpawnProcess]] = SpawnedProcess
+
+
+_TEMPLATE, _SPAWNED = TemplateContext(), SpawnedContext()
+
+
+def context() -> TemplateContext | SpawnedContext:
+    """What PID 1, and vLLM, start processes with."""
+    return _TEMPLATE if Switch.TEMPLATE.on else _SPAWNED
 
 
 def call_in_fork(function: Callable[[], _T]) -> _T:
@@ -59,8 +87,8 @@ def call_in_fork(function: Callable[[], _T]) -> _T:
     """
     import cloudpickle
 
-    receiver, sender = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_answer, args=(cloudpickle.dumps(function), sender), name="inspect")
+    receiver, sender = _TEMPLATE.Pipe(duplex=False)
+    process = _TEMPLATE.Process(target=_answer, args=(cloudpickle.dumps(function), sender), name="inspect")
     process.start()
     sender.close()
     try:

@@ -15,10 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from runtime import switches
 from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
-COMMANDS = ("serve", "health", "warm", "fetch")
+COMMANDS = ("serve", "health", "warm", "fetch", "switches")
 
 
 class SettingsError(Exception):
@@ -133,6 +134,16 @@ def _one_of(*values: str) -> Callable[[str], str]:
     return parse
 
 
+def _switches(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(part for name in text.split(",") if (part := name.strip())))
+    for name in names:
+        if name not in switches.LABELS:
+            close = difflib.get_close_matches(name, switches.LABELS, n=1)
+            hint = f"did you mean {close[0]}?" if close else "`--help` lists them"
+            raise ValueError(f"must name optimisations ({hint})")
+    return names
+
+
 @dataclass(frozen=True)
 class Option:
     """One setting, `--name` and COLDSTART_NAME. default None: the manifest's or none, see `load`."""
@@ -186,6 +197,12 @@ OPTIONS = (
     Option("metrics-auth", _one_of("open", "key"), "open", "Whether /metrics wants the key: open or key."),
     Option("max-request-bytes", _whole, 32 << 20, "Largest body of a request; a larger one is answered 413."),
     Option("log-format", _one_of("text", "json"), "text", "Format of all output: text or json."),
+    Option(
+        "off",
+        _switches,
+        (),
+        f"Optimisations to start without, with commas between: {', '.join(switches.LABELS)}.",
+    ),
 )
 
 # Read from the environment only. A key on a command line can be read in `ps` and `docker inspect`.
@@ -244,6 +261,7 @@ class Settings:
     metrics_auth: str
     max_request_bytes: int
     log_format: str
+    off: tuple[str, ...]
     engine_args: tuple[str, ...]
     sources: Mapping[str, str] = field(compare=False)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
@@ -422,7 +440,7 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
     rows = [
         {
             "name": option.flag,
-            "value": str(value) if (value := getattr(settings, option.attribute)) is not None else "",
+            "value": _shown(getattr(settings, option.attribute)),
             "from": settings.sources[option.attribute],
         }
         for option in OPTIONS
@@ -440,6 +458,13 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
     return "\n".join(f"{row['name']:{width}}  {row['from']:11}  {row['value']}" for row in rows)
 
 
+def _shown(value: Any) -> str:
+    """A setting's value as it would be given."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return "" if value is None else str(value)
+
+
 def help_text(known: Sequence[VllmArgument] = ()) -> str:
     """Every setting: ours, then vLLM's as the image's list has them, by group."""
     lines = [
@@ -450,12 +475,15 @@ def help_text(known: Sequence[VllmArgument] = ()) -> str:
         "Coldstart:",
     ]
     for option in OPTIONS:
-        default = "" if option.default is None else f" [{option.default}]"
+        default = f" [{text}]" if (text := _shown(option.default)) else ""
         lines += _entry(f"{option.flag}, {option.variable}", option.help + default)
     for name, text in _OTHER_VARIABLES.items():
         lines += _entry(name, text)
     lines += _entry("--print-config[=json]", "Show each setting and where it came from, and exit.")
     lines += _entry("-h, --help", "Show this and exit.")
+    lines += ["", "Optimisations that --off can name:"]
+    for switch in switches.Switch:
+        lines += _entry(switch.label, switch.help)
     if not known:
         lines += ["", "Every other flag goes to vLLM; this image has no list of them."]
     for group in dict.fromkeys(argument.group for argument in known):
@@ -477,9 +505,16 @@ def markdown_table() -> str:
     """The table of docs/operating.md."""
     rows = ["| flag | variable | default | meaning |", "|---|---|---|---|"]
     for option in OPTIONS:
-        default = "" if option.default is None else f"`{option.default}`"
+        default = f"`{text}`" if (text := _shown(option.default)) else ""
         rows.append(f"| `{option.flag}` | `{option.variable}` | {default} | {option.help} |")
     rows += [f"| | `{name}` | | {text} |" for name, text in _OTHER_VARIABLES.items()]
+    return "\n".join(rows) + "\n"
+
+
+def markdown_switches() -> str:
+    """The table of optimisations in docs/operating.md."""
+    rows = ["| `--off` | what is then left out |", "|---|---|"]
+    rows += [f"| `{switch.label}` | {switch.help} |" for switch in switches.Switch]
     return "\n".join(rows) + "\n"
 
 

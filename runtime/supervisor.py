@@ -24,6 +24,7 @@ from runtime.lifecycle import Lifecycle, State
 from runtime.listener import bind
 from runtime.phases import Phase, PhaseEvent, breakdown, now
 from runtime.settings import Settings
+from runtime.switches import Switch
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -109,7 +110,8 @@ class Supervisor:
         manifest = self._settings.manifest
         # What is downloaded, and verified, is read by that.
         shards = manifest.shards if manifest.weights != "download" else ()
-        prefetch.start(Path(manifest.model_path), shards)
+        if Switch.READ_AHEAD.on:
+            prefetch.start(Path(manifest.model_path), shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -138,7 +140,7 @@ class Supervisor:
         preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
         if preload:
             os.environ["LD_PRELOAD"] = preload
-        context = processes.CONTEXT
+        context = processes.context()
         context.set_forkserver_preload(["runtime.template"])
         self._channel, theirs = multiprocessing.Pipe()
         process = context.Process(

@@ -20,6 +20,7 @@ from pathlib import Path
 from runtime import logs, prefetch, processes, record, shortcuts, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
+from runtime.switches import Switch
 
 # What a served model needs in the API process, the engine core and the worker.
 _MODULES = (
@@ -43,7 +44,9 @@ def _fork_from_template() -> None:
     """
     import vllm.utils.system_utils as system_utils
 
-    system_utils.get_mp_context = lambda: processes.CONTEXT
+    system_utils.get_mp_context = processes.context
+    if not Switch.TEMPLATE.on:
+        return
     # A forked process would otherwise start a forkserver of its own: CPython's forgets in children that
     # one is running (it keeps the address but not the pid).
     forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[method-assign]
@@ -66,34 +69,39 @@ def _load() -> None:
     device = read_manifest().device
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
-    gc.disable()
+    if Switch.GC_PAUSE.on:
+        gc.disable()
     if logs.is_json():
         logs.configure(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
     recording = os.environ.get(record.VARIABLE)
     if recording:
         record.start(Path(recording))
-    structures = shortcuts.ImportStructures(shortcuts.read_structures(prefetch.STATE / shortcuts.STRUCTURES))
+    structures = shortcuts.ImportStructures({})
+    if Switch.IMPORT_STRUCTURES.on:
+        structures.known = shortcuts.read_structures(prefetch.STATE / shortcuts.STRUCTURES)
+        sys.meta_path.insert(0, structures)
     global imports_remembered
     imports_remembered = bool(structures.known)
-    sys.meta_path.insert(0, structures)
     with trace.span(Phase.ENGINE_IMPORT):
         _fork_from_template()
-        _inspect_in_fork()
+        if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
+            _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
     if recording:
         shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
     missing = trace.install(device)
-    if device == "cpu" and not shortcuts.allocate_kv_cache_lazily():
+    if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
         missing.append("vllm.v1.worker.utils.allocate_kv_cache")
-    gc.freeze()
-    gc.enable()
+    if Switch.GC_PAUSE.on:
+        gc.freeze()
+        gc.enable()
     if missing:
         print(
             f"coldstart: this vLLM lacks {', '.join(missing)}; its start is slower or less visible",
             flush=True,
         )
-    if threading.active_count() != 1:
+    if Switch.TEMPLATE.on and threading.active_count() != 1:
         names = [thread.name for thread in threading.enumerate()]
         print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)
 
@@ -102,8 +110,16 @@ def _load() -> None:
 imports_remembered = False
 # The forkserver swallows ImportError from a preloaded module; the API process reports this instead.
 failure = ""
-if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
+
+
+def load() -> None:
+    """Import vLLM, as this start wants it, into this process. What goes wrong is kept in `failure`."""
+    global failure
     try:
         _load()
     except Exception:
         failure = traceback.format_exc()
+
+
+if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
+    load()

@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from builder.docker_engine import Container, DockerEngine
-from tests.image.conftest import PREFIX, coldstart, get, wait_ready
+from runtime.switches import LABELS
+from tests.image.conftest import PREFIX, ask, coldstart, get, wait_ready
 
 _LOOK = """
 import json, os
@@ -51,6 +54,44 @@ def test_a_recorded_start_helps_the_next(
     assert found["structures"] > 1  # of this very installation, or they would not be used
     assert found["template_threads"] == [1]
     assert found["resident"] < 2 << 30  # the KV cache alone is 2 GiB, and nobody has used it
+
+
+_TREE = """
+import json
+from pathlib import Path
+
+status = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline")]
+print(json.dumps({"forkserver": sum("forkserver" in line for line in status),
+                  "spawned": sum("spawn_main" in line for line in status)}))
+"""
+
+
+@pytest.mark.parametrize("off", [*LABELS, ",".join(LABELS)])
+def test_a_start_without_an_optimisation_answers_the_same(
+    off: str, plain: Any, start: Callable[..., Container]
+) -> None:
+    container = start(plain["tag"], environment={"COLDSTART_OFF": off})
+    wait_ready(container)
+    assert ask(container)["chat"] == "The capital of France is Paris."
+    # Each does leave out what it names.
+    log, phases = container.logs(), get(container, "/startup").json["phases"]
+    imports = {phase["process"] for phase in phases if phase["phase"] == "engine_import"}
+    tree = _json(container, ["python3", "-c", _TREE])
+    if "template" in off:
+        assert imports == {"api", "EngineCore"}
+        assert tree == {"forkserver": 0, "spawned": 2}
+    else:
+        assert imports == {"template"}
+        assert tree == {"forkserver": 1, "spawned": 0}
+    remembered = b'coldstart_cache_hit{cache="imports"} 1.0' in get(container, "/metrics").body
+    assert remembered == ("import-structures" not in off)
+    by_name = {(phase["phase"], phase["process"]): phase for phase in phases}
+    tokenizer, core = by_name["tokenizer_init", "api"], by_name["engine_init", "api"]
+    assert (core["start"] < tokenizer["end"]) == ("core-beside-tokenizer" not in off)
+    if "lazy-kv-cache" in off:
+        found = _json(container, ["python3", "-c", _LOOK])
+        assert found["resident"] > 2 << 30
+    assert "lacks" not in log
 
 
 def test_image_that_does_not_start_is_told(model: str, base: str, engine: DockerEngine) -> None:

@@ -18,6 +18,7 @@ from runtime.settings import (
     load,
     read_api_keys,
 )
+from runtime.switches import Switch
 
 ROOT = Path(__file__).parents[2]
 MANIFEST = Manifest("/models/tiny", "tiny", "cpu", ("--enforce-eager", "--max-model-len", "4"))
@@ -216,8 +217,32 @@ def test_help_lists_ours_and_vllms_by_group_without_what_is_refused() -> None:
     assert "  --api-key\n" not in text
 
 
-def test_the_documented_table_is_the_one_in_the_code() -> None:
-    assert settings_module.markdown_table() in (ROOT / "docs" / "operating.md").read_text()
+def test_the_documented_tables_are_those_in_the_code() -> None:
+    documented = (ROOT / "docs" / "operating.md").read_text()
+    assert settings_module.markdown_table() in documented
+    assert settings_module.markdown_switches() in documented
+
+
+def test_optimisations_are_switched_off_by_name() -> None:
+    assert load([], {}, MANIFEST).off == ()
+    settings = load(["--off", "read-ahead, gc-pause,read-ahead"], {"COLDSTART_OFF": "template"}, MANIFEST)
+    assert settings.off == ("read-ahead", "gc-pause")
+    assert load([], {"COLDSTART_OFF": "template"}, MANIFEST).off == ("template",)
+    rows = {row["name"]: row for row in json.loads(describe(settings, {}, as_json=True))}
+    assert (rows["--off"]["value"], rows["--off"]["from"]) == ("read-ahead,gc-pause", "flag")
+    text = help_text()
+    assert all(f"  {switch.label}\n      {switch.help[:30]}" in text for switch in Switch)
+    with pytest.raises(SettingsError, match=r"--off must name optimisations \(did you mean read-ahead\?\)"):
+        load(["--off", "raed-ahead"], {}, MANIFEST)
+    with pytest.raises(SettingsError, match=r"COLDSTART_OFF must name .*lists them"):
+        load([], {"COLDSTART_OFF": "zzz"}, MANIFEST)
+
+
+def test_a_switch_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLDSTART_OFF", raising=False)
+    assert all(switch.on for switch in Switch)
+    monkeypatch.setenv("COLDSTART_OFF", "lazy-kv-cache,template")
+    assert [switch for switch in Switch if not switch.on] == [Switch.TEMPLATE, Switch.LAZY_KV_CACHE]
 
 
 def test_keys_are_not_in_the_representation() -> None:
@@ -258,6 +283,9 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
     helped = run("--help")
     assert helped.returncode == 0
     assert "vLLM, g:" in helped.stdout
+    listed = run("switches")
+    assert [entry["name"] for entry in json.loads(listed.stdout)] == [switch.label for switch in Switch]
+    assert listed.returncode == 0
     hidden = run()
     assert hidden.returncode == 3
     assert "mounted over it" in hidden.stderr
