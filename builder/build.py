@@ -35,7 +35,8 @@ _SPARE_BYTES = 1 << 30
 class BuiltImage:
     """What a build made. id: the engine's image id; digest: the registry's, after a push.
 
-    mount: the folder to mount, of an image that has its weights from a mount.
+    mount: the folder to mount, of an image that has its weights from a mount; recording: which ways of
+    running the engine were tried and which one was taken, of an image that was started here.
     """
 
     tag: str
@@ -44,6 +45,7 @@ class BuiltImage:
     plan: BuildPlan
     weights_reused: bool
     mount: Path | None
+    recording: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,6 +56,7 @@ class BuiltImage:
             "weights_image": self.plan.weights.tag if self.plan.baked else None,
             "weights_reused": self.weights_reused,
             "mount": str(self.mount) if self.mount else None,
+            "recording": dict(self.recording) if self.recording else None,
             "model_digest": f"sha256:{self.plan.lock.digest}",
             "manifest": self.plan.manifest,
         }
@@ -253,15 +256,16 @@ def build(
     image = engine.build(
         render.render_image(plan), plan.tag, label=plan.label, platform=spec.platform, reporter=reporter
     )
+    recording: Mapping[str, Any] | None = None
     if prewarmed and spec.platform is None:
-        image = _prewarm(plan, image, engine, reporter)
+        image, recording = _prewarm(plan, image, engine, reporter)
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
     if mount:
         gpus = "--gpus all " if base.device == "cuda" else ""
         volume = shlex.quote(f"{mount}:{plan.model_path}:ro")
         reporter.note(f"Start it with: docker run {gpus}-v {volume} -p {plan.port}:{plan.port} {plan.tag}")
-    return BuiltImage(plan.tag, image, digest, plan, reused, mount)
+    return BuiltImage(plan.tag, image, digest, plan, reused, mount, recording)
 
 
 def _weights_image(plan: BuildPlan, root: Path, engine: DockerEngine, reporter: Reporter) -> bool:
@@ -310,13 +314,16 @@ def _mountable(snapshot: models.ModelSnapshot, reporter: Reporter) -> Path:
     return folder
 
 
-def _prewarm(plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter) -> str:
+def _prewarm(
+    plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter
+) -> tuple[str, Mapping[str, Any] | None]:
     from builder.prewarm import obstacle, prewarm
 
     if why_not := obstacle(engine, plan.manifest):
         reporter.note(f"Not started here to record its start: {why_not}. See `coldstart prewarm --help`.")
-        return image
-    return prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
+        return image, None
+    made = prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
+    return made.id, made.report
 
 
 def last_built() -> str | None:

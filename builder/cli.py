@@ -76,6 +76,12 @@ Weights = Annotated[
     str | None,
     typer.Option(help="bake (default), download from the hub at the start, or mount; see docs/models.md."),
 ]
+Optimize = Annotated[
+    str | None,
+    typer.Option(
+        help="startup, balanced (default) or throughput: what the recorded way of running gives priority to."
+    ),
+]
 Calibration = Annotated[
     str | None,
     typer.Option(
@@ -112,6 +118,7 @@ def _request(
     quantize: Quantize = None,
     max_perplexity_increase: MaxPerplexityIncrease = None,
     weights: Weights = None,
+    optimize: Optimize = None,
     calibration: Calibration = None,
     calibration_samples: CalibrationSamples = None,
     calibration_tokens: CalibrationTokens = None,
@@ -135,6 +142,7 @@ def _request(
         "quantize": quantize,
         "max_perplexity_increase": max_perplexity_increase,
         "weights": weights,
+        "optimize": optimize,
         "calibration": calibration,
         "calibration_samples": calibration_samples,
         "calibration_tokens": calibration_tokens,
@@ -294,18 +302,24 @@ def prewarm(
         made = prewarming.prewarm(
             engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
         )
-    typer.echo(f"{image} {made}")
+    typer.echo(f"{image} {made.id}")
 
 
 @app.command()
 def verify(
-    image: Annotated[str, typer.Argument(help="An image that coldstart built.")], as_json: Json = False
+    image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
+    start: Annotated[bool, typer.Option(help="Start it too, where this host can.")] = True,
+    as_json: Json = False,
 ) -> None:
-    """Check labels, file digests, user, modes, and that no token is in the image."""
+    """Check labels, digests, user, modes, that no token is in it; that it starts as recorded and answers."""
     from builder.docker_engine import DockerEngine
     from builder.verify import verify as run_checks
+    from builder.verify_start import verify_start
 
-    checks = run_checks(DockerEngine(), image)
+    engine, reporter = DockerEngine(), _reporter()
+    checks = run_checks(engine, image)
+    if start:
+        checks += verify_start(engine, image, reporter)
     failed = [check.name for check in checks if not check.ok]
     if as_json:
         rows = [{"name": c.name, "ok": c.ok, "found": c.found} for c in checks]

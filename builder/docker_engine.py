@@ -560,6 +560,15 @@ class Container:
         output = self._api.exec_start(job).decode(errors="replace")
         return int(self._api.exec_inspect(job)["ExitCode"]), output
 
+    def wait_for(self, command: Sequence[str], seconds: float) -> bool:
+        """Run a command inside until it succeeds; False when the container ended or time is up before."""
+        deadline = time.monotonic() + seconds
+        while self.running() and time.monotonic() < deadline:
+            if self.run(command)[0] == 0:
+                return True
+            time.sleep(0.5)
+        return False
+
     @_engine_errors
     def files(self, folder: str) -> dict[str, bytes]:
         """The content of every file right below an absolute folder; running or not. Empty without it."""

@@ -24,12 +24,11 @@ MAX_WEIGHT_LAYERS = 64
 _LABEL = "dev.coldstart"
 _MAX_LABEL = 1024  # characters; Docker refuses a Dockerfile with a line of 64 KiB
 
-# Defaults of a device, before the user's own arguments. CPU images start eager: compiled bf16 answers
-# wrong on some CPUs, and no golden check guards it yet. Their KV cache is 2 GiB: vLLM would otherwise take
-# 92 % of the host's memory, and refuse to start where less than that is free.
+# Defaults of a device, before the user's own arguments. On CPUs the KV cache is 2 GiB: vLLM would otherwise
+# take 92 % of the host's memory, and refuse to start where less than that is free.
 _ENGINE_DEFAULTS: Mapping[Device, tuple[str, ...]] = {
     "cuda": (),
-    "cpu": ("--enforce-eager", "--kv-cache-memory-bytes", "2147483648"),
+    "cpu": ("--kv-cache-memory-bytes", "2147483648"),
 }
 _DEVICE_ENV: Mapping[Device, Mapping[str, str]] = {
     "cuda": {},
@@ -133,6 +132,7 @@ class BuildPlan:
             "coldstart_version": __version__,
             "device": self.base.device,
             "weights": self.spec.weights,
+            "optimize": self.spec.optimize,
             "engine_args": list(self.engine_args),
             "base": {
                 "reference": self.base.reference,

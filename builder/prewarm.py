@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from builder import render
-from builder.docker_engine import DockerEngine, ImageInfo
+from builder.docker_engine import Container, DockerEngine, ImageInfo
 from builder.errors import BuildError, HostError, InputError
 from builder.files import exclusive, finished_folder
 from builder.report import Reporter
 
-_LABEL = "dev.coldstart.prewarmed"
+LABEL = "dev.coldstart.prewarmed"
+_MODE_LABEL = "dev.coldstart.mode"
 _OUTPUT = "/tmp/coldstart-state"  # noqa: S108 - in a container of ours
-_START_SECONDS = 1800
+_START_SECONDS = 3600
+_POLL_SECONDS = 1.0
 _LOG_LINES = 40
+# What `warm` says of its progress and its choice.
+_SAID = "coldstart: warm: "
 
 
-def prewarm(engine: DockerEngine, tag: str, *, label: str, cache: Path, reporter: Reporter) -> str:
-    """Add the state to the image `tag`, which then names the result. Returns its id.
+@dataclass(frozen=True)
+class Prewarmed:
+    """The id of the image with its state, and what `warm` reported: modes tried, the chosen one, speeds."""
+
+    id: str
+    report: Mapping[str, Any]
+
+
+def prewarm(engine: DockerEngine, tag: str, *, label: str, cache: Path, reporter: Reporter) -> Prewarmed:
+    """Add the state to the image `tag`, which then names the result.
 
     label: "name=value" of the build, as for DockerEngine.build. Raises HostError where this host cannot run
     the image, BuildError when it runs and does not become ready.
@@ -27,23 +43,26 @@ def prewarm(engine: DockerEngine, tag: str, *, label: str, cache: Path, reporter
     folder = cache.absolute() / "state" / image.id.removeprefix("sha256:")
     with exclusive(folder.with_suffix(".lock"), "this image is being started", reporter):
         if not folder.is_dir():
-            reporter.step(f"Starting {tag} once, to record what a start needs")
+            reporter.step(f"Starting {tag}, to record what a start needs")
             with finished_folder(folder) as partial:
-                for name, data in _record(engine, tag, image).items():
+                for name, data in _record(engine, tag, image, reporter).items():
+                    (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(data)
     return add_state(engine, tag, folder, label=label, reporter=reporter)
 
 
-def add_state(engine: DockerEngine, tag: str, folder: Path, *, label: str, reporter: Reporter) -> str:
-    """Add a folder that `python3 -m runtime warm` wrote. Returns the id of the image that `tag` now names."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+def add_state(engine: DockerEngine, tag: str, folder: Path, *, label: str, reporter: Reporter) -> Prewarmed:
+    """Add a folder that `python3 -m runtime warm` wrote to the image `tag`, which then names the result."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     if not names:
         raise InputError(
             f"{folder} has no recorded state", fix="Give the folder that `python3 -m runtime warm` wrote."
         )
+    report = _report(folder)
     name, _, value = label.partition("=")
-    rendered = render.render_prewarm(tag, [(name, value), (_LABEL, "yes")], folder, names)
-    return engine.build(rendered, tag, label=label, platform=None, reporter=reporter)
+    labels = [(name, value), (LABEL, "yes"), (_MODE_LABEL, report.get("chosen", "unknown"))]
+    rendered = render.render_prewarm(tag, labels, folder, names)
+    return Prewarmed(engine.build(rendered, tag, label=label, platform=None, reporter=reporter), report)
 
 
 def obstacle(engine: DockerEngine, manifest: Mapping[str, object]) -> str:
@@ -55,7 +74,17 @@ def obstacle(engine: DockerEngine, manifest: Mapping[str, object]) -> str:
     return ""
 
 
-def _record(engine: DockerEngine, tag: str, image: ImageInfo) -> dict[str, bytes]:
+def _report(folder: Path) -> dict[str, Any]:
+    """What the recording in a folder of state says of itself."""
+    for path in sorted(folder.glob("recordings/*/recording.json")):
+        try:
+            return dict(json.loads(path.read_bytes())["report"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged", why=repr(error), fix="Record the start again.") from None
+    return {}
+
+
+def _record(engine: DockerEngine, tag: str, image: ImageInfo, reporter: Reporter) -> dict[str, bytes]:
     container = engine.start(
         tag,
         arguments=["warm", "--output", _OUTPUT],
@@ -64,7 +93,7 @@ def _record(engine: DockerEngine, tag: str, image: ImageInfo) -> dict[str, bytes
         gpus=image.labels.get("dev.coldstart.device") == "cuda",
     )
     try:
-        code = container.wait(_START_SECONDS)
+        code = _follow(container, reporter)
         if code != 0:
             raise BuildError(
                 f"{tag} was built, but does not start here",
@@ -78,3 +107,19 @@ def _record(engine: DockerEngine, tag: str, image: ImageInfo) -> dict[str, bytes
     if not files:
         raise HostError(f"{tag} recorded nothing", fix="Build with --no-prewarm, and report this.")
     return files
+
+
+def _follow(container: Container, reporter: Reporter) -> int:
+    """Tell what `warm` says until it ends; its exit code."""
+    told = 0
+    deadline = time.monotonic() + _START_SECONDS
+    while True:
+        running = container.running() and time.monotonic() < deadline
+        said = [line.removeprefix(_SAID) for line in container.logs().splitlines() if line.startswith(_SAID)]
+        for line in said[told:]:
+            reporter.note(line)
+        told = len(said)
+        if not running:
+            code = container.exit_code()
+            return container.stop(0) if code is None else code
+        time.sleep(_POLL_SECONDS)

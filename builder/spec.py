@@ -19,6 +19,7 @@ DEFAULT_BASE = f"vllm/vllm-openai:v{VLLM_VERSION}"
 CPU_BASE = f"coldstart/base-cpu:vllm-{VLLM_VERSION}"
 
 Weights = Literal["bake", "download", "mount"]
+Optimize = Literal["startup", "balanced", "throughput"]
 
 # Baked arguments end up in a layer, a label and `docker history`.
 _SECRET_FLAGS = frozenset({"--api-key", "--hf-token", "--ssl-keyfile-password"})
@@ -58,6 +59,7 @@ class ImageSpec(BaseModel):
     quantize: str | None = None
     max_perplexity_increase: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     weights: Weights = "bake"
+    optimize: Optimize = "balanced"
     calibration: str | None = None
     calibration_samples: int = Field(default=16, ge=1, le=4096)
     calibration_tokens: int = Field(default=256, ge=16, le=32768)

@@ -1,7 +1,7 @@
 """Entrypoint of every image: `python3 -m runtime [serve] [FLAGS]` as PID 1.
 
 `… health` is for HEALTHCHECK, `… fetch` is the download that PID 1 starts beside itself, `… switches` prints
-the optimisations that --off can name, as JSON.
+the optimisations that --off can name, as JSON, `… golden` whether the running server answers as recorded.
 """
 
 # First of all, so that the clock starts before the imports that it measures.
@@ -54,6 +54,10 @@ def main(argv: list[str]) -> int:
             from runtime import fetch
 
             return fetch.main(settings_module.read_manifest())
+        if command == "golden":
+            from runtime import golden_check
+
+            return golden_check.main(settings_module.read_manifest())
         if command == "switches":
             from runtime import switches
 
@@ -73,13 +77,15 @@ def _serve(argv: list[str], output: "Path | None") -> int:
     from contextlib import nullcontext
     from dataclasses import replace
 
-    from runtime import guard, logs, preflight, switches
+    from runtime import guard, logs, modes, preflight, switches
     from runtime import settings as settings_module
 
     parse_started = time.time()
     manifest = settings_module.read_manifest()
     flags = [argument for argument in argv if argument not in _PRINT_CONFIG]
     settings = settings_module.load(flags, os.environ, manifest, settings_module.read_vllm_arguments())
+    facts = preflight.gather(manifest)
+    settings, recording = modes.find_recording(settings, facts, os.environ)
     settings = replace(settings, api_keys=settings_module.read_api_keys(settings, os.environ))
     parsed = (parse_started, time.time())
     if len(flags) < len(argv):
@@ -87,14 +93,14 @@ def _serve(argv: list[str], output: "Path | None") -> int:
         return 0
     logs.begin(settings.log_format)
     try:
-        preflight.check(settings, preflight.gather(manifest), os.environ)
+        preflight.check(settings, facts, os.environ)
     except preflight.PreflightError as error:
         return _stop(str(error), EXIT_PREFLIGHT)
 
     if output:
         from runtime.warm import warm
 
-        return warm(settings, flags, output)
+        return warm(settings, flags, facts, output)
 
     os.environ[switches.VARIABLE] = ",".join(settings.off)
     os.environ.update(guard.loopback_environment(settings.engine_args, os.environ))
@@ -104,7 +110,7 @@ def _serve(argv: list[str], output: "Path | None") -> int:
     from runtime.supervisor import Supervisor
 
     with logs.as_json() if settings.log_format == "json" else nullcontext():
-        return Supervisor(settings, started=STARTED, parsed=parsed).run()
+        return Supervisor(settings, started=STARTED, parsed=parsed, recording=recording).run()
 
 
 # Processes forked from the template import this file again under another name.

@@ -63,7 +63,8 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        asyncio.run(_serve(settings, listener, channel, Lifecycle(started, logs.start_id())))
+        lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
+        asyncio.run(_serve(settings, listener, channel, lifecycle))
     except EngineFailedError as error:
         channel.send(("failed", str(error)))
     except RefusedError as error:
@@ -364,5 +365,9 @@ def _export_metrics(lifecycle: Lifecycle, guard: Guard) -> None:
     in_flight.set_function(lambda: guard.in_flight)
     cache = Gauge("coldstart_cache_hit", "1 if this start used what the image has recorded", ["cache"])
     cache.labels("imports").set(template.imports_remembered)
+    cache.labels("recording").set(lifecycle.recording.get("status") == "used")
+    compiled = [event.detail for event in lifecycle.events if event.phase is Phase.COMPILE]
+    if compiled:
+        cache.labels("compile").set(all(detail.startswith("loaded") for detail in compiled))
     draining = Gauge("coldstart_draining", "1 from SIGTERM on")
     draining.set_function(lambda: lifecycle.state is State.DRAINING)

@@ -21,10 +21,21 @@ def serving_settings(cmdline: bytes, manifest: Manifest) -> Settings:
     return load(flags, os.environ, manifest)
 
 
+def _address(settings: Settings) -> tuple[str, int]:
+    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host  # noqa: S104
+    return host, settings.port
+
+
+def pid1_url(manifest: Manifest) -> tuple[str, str]:
+    """Where PID 1 of this container serves, and under which name."""
+    settings = serving_settings(Path("/proc/1/cmdline").read_bytes(), manifest)
+    host, port = _address(settings)
+    return f"http://{host}:{port}", settings.served_model_name
+
+
 def check_pid1(manifest: Manifest) -> int:
     settings = serving_settings(Path("/proc/1/cmdline").read_bytes(), manifest)
-    host = "127.0.0.1" if settings.host in ("", "0.0.0.0", "::") else settings.host  # noqa: S104
-    connection = http.client.HTTPConnection(host, settings.port, timeout=_TIMEOUT_SECONDS)
+    connection = http.client.HTTPConnection(*_address(settings), timeout=_TIMEOUT_SECONDS)
     try:
         connection.request("GET", "/ready")
         return 0 if connection.getresponse().status == 200 else 1

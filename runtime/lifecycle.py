@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -69,7 +70,8 @@ class Running:
 class Lifecycle:
     """State, finished phases and the phases under way.
 
-    started: seconds since the Unix epoch at the entrypoint's first line; start_id: as in every JSON log line.
+    started: seconds since the Unix epoch at the entrypoint's first line; start_id: as in every JSON log line;
+    recording: whether the image's recorded state is used, and why not.
     """
 
     started: float
@@ -79,6 +81,7 @@ class Lifecycle:
     events: list[PhaseEvent] = field(default_factory=list)
     running: dict[tuple[Phase, int], Running] = field(default_factory=dict)
     ready_at: float | None = None
+    recording: Mapping[str, str] = field(default_factory=dict)
 
     def move(self, state: State, reason: str = "") -> None:
         """Raises ValueError on a transition that cannot happen."""
@@ -114,6 +117,7 @@ class Lifecycle:
             "elapsed": round(end - self.started, 6),
             "started": self.started,
             "start_id": self.start_id,
+            "recording": dict(self.recording),
             "phases": [event.to_json() for event in self.events],
             "running": [running.to_json() for running in self.running.values()],
         }

@@ -24,8 +24,6 @@ def begin(log_format: str) -> str:
     """Choose the format for this process and its children, and a new start id, which is returned."""
     os.environ[_FORMAT_VARIABLE] = log_format
     os.environ[_START_VARIABLE] = secrets.token_hex(8)
-    if log_format == "json":
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # `configure` does it
     return start_id()
 
 

@@ -1,4 +1,4 @@
-"""Notes which files a start opens, in order; only while `python3 -m runtime warm` runs."""
+"""What only `python3 -m runtime warm` wants to know of a start: files opened, variables that matter."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from typing import Any
 
 VARIABLE = "_COLDSTART_RECORD"
 OPENED = "opened.txt"
+VARIABLES_VARIABLE = "_COLDSTART_VARIABLES"
+VARIABLES = "variables.json"
+# What Inductor and Triton read besides what vLLM hashes.
+OF_COMPILERS = ("CC", "CXX", "CUDA_HOME", "TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 def start(folder: Path) -> None:

@@ -19,7 +19,7 @@ from runtime import switches
 from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
-COMMANDS = ("serve", "health", "warm", "fetch", "switches")
+COMMANDS = ("serve", "health", "warm", "fetch", "switches", "golden")
 
 
 class SettingsError(Exception):
@@ -49,7 +49,8 @@ class LockedFile(NamedTuple):
 class Manifest:
     """The part of /opt/coldstart/manifest.json that a start needs. weight_bytes: 0 when not recorded.
 
-    weights: "bake", "download" or "mount"; source: "hf://org/name" or "folder"; revision: a hub's commit.
+    weights: "bake", "download" or "mount"; source: "hf://org/name" or "folder"; revision: a hub's commit;
+    digest: of the lock; dtype: of the weights; optimize: "startup", "balanced" or "throughput".
     """
 
     model_path: str
@@ -63,6 +64,9 @@ class Manifest:
     source: str = "folder"
     revision: str | None = None
     files: tuple[LockedFile, ...] = ()
+    digest: str = ""
+    dtype: str | None = None
+    optimize: str = "balanced"
 
     @classmethod
     def read(cls, path: Path) -> Manifest:
@@ -82,6 +86,9 @@ class Manifest:
                 source=model.get("source", "folder"),
                 revision=model.get("revision"),
                 files=tuple(LockedFile(f["path"], f["size"], f["sha256"]) for f in model["files"]),
+                digest=model.get("lock_digest", ""),
+                dtype=model.get("dtype"),
+                optimize=data.get("optimize", "balanced"),
             )
         except FileNotFoundError:
             raise SettingsError(f"{path} is missing: this image was not made by `coldstart build`") from None
@@ -247,7 +254,8 @@ class VllmArgument:
 class Settings:
     """What one start does. Seconds for every duration.
 
-    sources: attribute -> "flag", "environment", "image" or "default".
+    sources: attribute -> "flag", "environment", "image" or "default". mode_args: how the engine is run, and
+    recorded: whether that is as recorded when the image was built: see runtime/state.py.
     """
 
     manifest: Manifest
@@ -265,6 +273,8 @@ class Settings:
     engine_args: tuple[str, ...]
     sources: Mapping[str, str] = field(compare=False)
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    mode_args: tuple[str, ...] = ()
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
     def vllm_args(self) -> list[str]:
         """The argument list for vLLM's own parser; the user's come last and win."""
@@ -274,13 +284,14 @@ class Settings:
             "--served-model-name",
             self.served_model_name,
             *self.manifest.engine_args,
+            *self.mode_args,
             *self.engine_args,
         ]
 
     def engine_value(self, *flags: str) -> str | None:
         """What the engine is given for an argument, by any of its names; None where it is not given."""
         found = None
-        for flag, value in pairs((*self.manifest.engine_args, *self.engine_args)):
+        for flag, value in pairs((*self.manifest.engine_args, *self.mode_args, *self.engine_args)):
             if flag.split(".", 1)[0] in flags:
                 found = value
         return found
@@ -447,6 +458,8 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
     ]
     rows += [{"name": "--model", "value": settings.manifest.model_path, "from": "image"}]
     engine = {flag: (value, "image") for flag, value in pairs(settings.manifest.engine_args)}
+    mode = "recording" if settings.recorded.get("status") == "used" else "default"
+    engine |= {flag: (value, mode) for flag, value in pairs(settings.mode_args)}
     engine |= {flag: (value, "flag") for flag, value in pairs(settings.engine_args)}
     rows += [{"name": name, "value": value, "from": source} for name, (value, source) in engine.items()]
     variables = [name for name in sorted(environ) if name.startswith("VLLM_") or name in KEY_VARIABLES]

@@ -22,6 +22,7 @@ from typing import Any
 STRUCTURES = "transformers-imports.marshal"
 # Smaller tensors come from the allocator's own pages.
 _LAZY_BYTES = 64 << 20
+_WARM_UP_TOKENS = 16
 
 Structures = dict[tuple[str, str | None], Any]
 
@@ -103,6 +104,48 @@ def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> 
         return made
 
     module.renderer_from_config = beside
+
+
+def load_compiled_on_cpu() -> bool:
+    """Let vLLM load on a CPU what it compiled there before.
+
+    It calls a method that torch's class for CPUs lacks and compiles everything again (vLLM 0.32, torch 2.13).
+    False where nothing is to be mended.
+    """
+    try:
+        module: Any = importlib.import_module("torch._dynamo.aot_compile_types")
+        kind = module.BundledAOTAutogradSerializableCallable
+    except (ImportError, AttributeError):
+        return False
+    if hasattr(kind, "finalize_loading"):
+        return False
+    kind.finalize_loading = lambda self, config: None  # noqa: ARG005
+    return True
+
+
+def warm_up_shortly() -> bool:
+    """Let a CPU's warm-up run take a few tokens instead of a whole batch: its code is compiled already.
+
+    Only where the KV cache has a given size: otherwise vLLM sizes it by the memory that the run took.
+    """
+    module: Any = importlib.import_module("vllm.v1.worker.cpu_model_runner")
+    runner = module.CPUModelRunner
+    warm_up = vars(runner).get("warming_up_model")
+    if warm_up is None:
+        return False
+
+    @functools.wraps(warm_up)
+    def wrapper(self: Any) -> None:
+        tokens = self.max_num_tokens
+        if self.cache_config.kv_cache_memory_bytes is not None:
+            self.max_num_tokens = min(tokens, _WARM_UP_TOKENS)
+        try:
+            warm_up(self)
+        finally:
+            self.max_num_tokens = tokens
+
+    runner.warming_up_model = wrapper
+    return True
 
 
 class ImportStructures(MetaPathFinder):

@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from runtime import faults, logs, prefetch, processes, spans, trace
+from runtime import faults, logs, modes, prefetch, processes, spans, state, trace
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
@@ -24,6 +24,7 @@ from runtime.lifecycle import Lifecycle, State
 from runtime.listener import bind
 from runtime.phases import Phase, PhaseEvent, breakdown, now
 from runtime.settings import Settings
+from runtime.state import Recording
 from runtime.switches import Switch
 
 EXIT_OK = 0
@@ -45,12 +46,20 @@ _KILL_SECONDS = 5.0
 class Supervisor:
     """One start, from the bound port to the exit code.
 
-    started: epoch seconds of the entrypoint's first line; parsed: when settings were read.
+    started: epoch seconds of the entrypoint's first line; parsed: when settings were read; recording: what
+    the settings' mode comes from, if any.
     """
 
-    def __init__(self, settings: Settings, *, started: float, parsed: tuple[float, float]) -> None:
-        self._settings = settings
-        self._lifecycle = Lifecycle(started=started, start_id=logs.start_id())
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        started: float,
+        parsed: tuple[float, float],
+        recording: Recording | None = None,
+    ) -> None:
+        self._settings, self._recording = settings, recording
+        self._lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
         self._record(Phase.CONFIG_PARSE, *parsed)
         self._exit = asyncio.Event()
         self._exit_code = EXIT_OK
@@ -133,6 +142,7 @@ class Supervisor:
     async def _start_engine(self, listener: socket.socket) -> None:
         from runtime import engine
 
+        await asyncio.to_thread(self._use_recording)
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
@@ -158,6 +168,24 @@ class Supervisor:
         loop.add_reader(process.sentinel, self._on_engine_exit, process)
         if fetching and await fetching and self._channel is not None:
             self._channel.send(("fetched",))
+
+    def _use_recording(self) -> None:
+        """Put the recording's files in place; where that fails, start as without one."""
+        if self._recording is not None:
+            cache = Path(tempfile.gettempdir()) / "cache"
+            try:
+                state.install(self._recording, cache)
+                os.environ.update(state.cache_environment(cache))
+                os.environ.update(self._recording.mode.environment)
+                os.environ[state.USED_VARIABLE] = "1"
+            except state.StateError as error:
+                self._settings = modes.unused(self._settings, str(error))
+                self._lifecycle.recording = self._settings.recorded
+        recorded = self._settings.recorded
+        if recorded.get("status") == "used":
+            _log(f"using what was recorded for this machine: {recorded['mode']}")
+        elif recorded.get("status") == "unused":
+            _log(f"what was recorded is not used: {recorded['reason']}")
 
     async def _fetch(self, process: subprocess.Popen[str]) -> bool:
         """Wait until the model is there. The pipe tells: the exit code goes to whoever reaps first."""

@@ -31,6 +31,11 @@ class Switch(enum.Enum):
         "core-beside-tokenizer",
         "The engine core starts, and routes are imported, while the tokenizer is made.",
     )
+    RECORDING = ("recording", "The mode and the compiled code that were recorded for this machine are used.")
+    SHORT_WARMUP = (
+        "short-warmup",
+        "The run that warms up compiled code on CPUs takes a few tokens where nothing is to be compiled.",
+    )
     LAZY_KV_CACHE = ("lazy-kv-cache", "The kernel zeroes a CPU's KV cache page by page, as it is used.")
 
     def __init__(self, label: str, help: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -17,7 +18,7 @@ import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from runtime import logs, prefetch, processes, record, shortcuts, trace
+from runtime import logs, prefetch, processes, record, shortcuts, state, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
@@ -63,6 +64,16 @@ def _inspect_in_fork() -> None:
     registry._run_in_subprocess = processes.call_in_fork
 
 
+def _write_variables() -> None:
+    """Write the names of the variables that compiled code depends on, where `warm` asks for them."""
+    target = os.environ.get(record.VARIABLES_VARIABLE)
+    if target:
+        import vllm.envs
+
+        names = {*vllm.envs.compile_factors(), *record.OF_COMPILERS}
+        Path(target).write_text(json.dumps(sorted(names)))
+
+
 def _load() -> None:
     # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
     os.setpgid(0, 0)
@@ -73,6 +84,7 @@ def _load() -> None:
         gc.disable()
     if logs.is_json():
         logs.configure(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # read once; vLLM hashes it for its compiled code
     recording = os.environ.get(record.VARIABLE)
     if recording:
         record.start(Path(recording))
@@ -88,11 +100,18 @@ def _load() -> None:
             _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
+    if logs.is_json():
+        del os.environ["VLLM_CONFIGURE_LOGGING"]
+    _write_variables()
     if recording:
         shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
     missing = trace.install(device)
     if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
         missing.append("vllm.v1.worker.utils.allocate_kv_cache")
+    if device == "cpu" and os.environ.get("TORCH_COMPILE_DISABLE") == "0":
+        shortcuts.load_compiled_on_cpu()
+        if os.environ.get(state.USED_VARIABLE) and Switch.SHORT_WARMUP.on:
+            shortcuts.warm_up_shortly()
     if Switch.GC_PAUSE.on:
         gc.freeze()
         gc.enable()

@@ -149,6 +149,26 @@ def _tail(function: Callable[..., Any], phase: Phase) -> Callable[..., Any]:
     return wrapper
 
 
+def _compile(monitor: Callable[..., Any]) -> Callable[..., Any]:
+    """Report torch.compile, and whether vLLM loaded what it had compiled before: by its own counter."""
+    counter = importlib.import_module("vllm.compilation.counter").compilation_counter
+
+    @contextmanager
+    @functools.wraps(monitor)
+    def wrapper(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        begin, loaded = now(), counter.num_aot_artifacts_loaded
+        announce(Phase.COMPILE, begin)
+        detail = "not in the cache"
+        try:
+            with monitor(*args, **kwargs) as result:
+                yield result
+            detail = "loaded from the cache" if counter.num_aot_artifacts_loaded > loaded else "compiled"
+        finally:
+            emit(Phase.COMPILE, begin, now(), detail)
+
+    return wrapper
+
+
 def _shards(function: Callable[..., Any]) -> Callable[..., Any]:
     """Tell how far vLLM's iterator over the weights of safetensors files is."""
 
@@ -180,7 +200,7 @@ def install(device: str) -> list[str]:
             for point in _TRACED
             if point.module == _WORKER
         ]
-    missing = _wrap_loader()
+    missing = _wrap_loader() + _wrap_compile()
     for point in points:
         try:
             owner: Any = importlib.import_module(point.module)
@@ -199,6 +219,16 @@ def _wrap_loader() -> list[str]:
     try:
         loader = importlib.import_module(module)
         setattr(loader, name, _shards(getattr(loader, name)))
+    except (ImportError, AttributeError):
+        return [f"{module}.{name}"]
+    return []
+
+
+def _wrap_compile() -> list[str]:
+    module, name = "vllm.compilation.decorators", "monitor_torch_compile"
+    try:
+        decorators = importlib.import_module(module)
+        setattr(decorators, name, _compile(getattr(decorators, name)))
     except (ImportError, AttributeError):
         return [f"{module}.{name}"]
     return []

@@ -1,89 +1,252 @@
-"""`python3 -m runtime warm --output FOLDER [FLAGS]`: starts the server once and records what a start needs.
+"""`python3 -m runtime warm --output FOLDER [FLAGS]`: starts the server and records what starts need.
 
-For `coldstart prewarm`, which adds the folder to the image. Works in any container engine.
+First each mode that may serve here: its golden answers against those of a plain eager start, its speed, and
+what it compiles. Then, with the best one, a last start from its own recording, which lists the files that a
+start opens and proves that nothing is compiled again. For `coldstart prewarm`, which adds the folder to the
+image. Works in any container engine.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime import record
+from runtime import fingerprint, golden, logs, modes, record, state
+from runtime.modes import Measured
+from runtime.phases import Phase
 from runtime.prefetch import FILE_LIST
+from runtime.preflight import Facts
 from runtime.processes import descendants
 from runtime.settings import Settings
+from runtime.state import Mode, Recording
+from runtime.switches import VARIABLE as OFF
+from runtime.switches import Switch
 
 _POLL_SECONDS = 0.2
-_REQUEST_SECONDS = 300
 _STOP_SECONDS = 60
+EXIT_WRONG = 1
 
 
-def warm(settings: Settings, argv: Sequence[str], output: Path) -> int:
-    """Exit code 0 when `output` is complete; else the server's own."""
+class WarmError(Exception):
+    """The server did not start, or not as recorded. code: what to exit with."""
+
+    def __init__(self, message: str, code: int = EXIT_WRONG) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def warm(settings: Settings, argv: Sequence[str], facts: Facts, output: Path) -> int:
+    """Exit code 0 when `output` is complete; else the server's own. facts: as preflight found them."""
     output.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, record.VARIABLE: str(output), "COLDSTART_DRAIN_DELAY": "0"}
-    server = subprocess.Popen([sys.executable, "-m", "runtime", "serve", *argv], env=environment)
     try:
-        while not _answers(settings):
-            if server.poll() is not None:
-                return server.returncode or 1
-            time.sleep(_POLL_SECONDS)
-        _ask(settings)
-        _write_file_list(output, server.pid, Path(settings.manifest.model_path))
-    finally:
-        server.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(_STOP_SECONDS)
-        server.kill()
-    return server.wait()
+        with tempfile.TemporaryDirectory(prefix="coldstart-warm-") as folder:
+            _Warm(settings, argv, facts, output, Path(folder)).run()
+    except WarmError as error:
+        logs.say(f"warm: not recorded: {error}", "error")
+        return error.code
+    return 0
 
 
-def _answers(settings: Settings) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{settings.port}/ready", timeout=5):
-            return True
-    except (OSError, urllib.error.URLError):
-        return False
+class _Warm:
+    def __init__(
+        self, settings: Settings, argv: Sequence[str], facts: Facts, output: Path, folder: Path
+    ) -> None:
+        self._settings, self._argv, self._facts = settings, argv, facts
+        self._output, self._folder = output, folder
+        self._url = f"http://127.0.0.1:{settings.port}"
+        self._chat = False
+        self._golden: dict[str, list[golden.Answer]] = {}
+        self._caches: dict[str, Path] = {}
+        self._report: dict[str, Any] = {"optimize": settings.manifest.optimize, "modes": []}
 
+    def run(self) -> None:
+        candidates = modes.candidates(self._settings)
+        chosen = self._compare(candidates).mode if candidates else modes.reference()
+        self._report["chosen"] = chosen.name
+        logs.say(f"warm: recording a start: {chosen.name}")
+        self._record(chosen)
 
-def _ask(settings: Settings) -> None:
-    """One request, so that what is only loaded for the first one is on the list too."""
-    body: dict[str, Any] = {"model": settings.served_model_name, "prompt": "Hello", "max_tokens": 4}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{settings.port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    urllib.request.urlopen(request, timeout=_REQUEST_SECONDS).close()  # noqa: S310
+    def _compare(self, candidates: Sequence[Mode]) -> Measured:
+        """The best mode. Each is held against an eager start of its dtype."""
+        optimize = self._settings.manifest.optimize
+        eager = self._refer(modes.reference())
+        right = []
+        for number, mode in enumerate(candidates):
+            reference = modes.reference(mode)
+            if reference.name not in self._golden:
+                self._refer(reference)
+            logs.say(f"warm: trying {mode.name}: the first start compiles, which takes minutes")
+            with self._server(mode, self._folder / f"candidate-{number}"):
+                said = golden.compare(self._golden[reference.name], self._ask())
+                if said.ok:
+                    right.append(self._measure(mode, said))
+                else:
+                    self._tell(mode, said, None)
+            if said.ok and optimize != "throughput":
+                break  # the first is preferred; the others are for where it answers differently
+        chosen = modes.choose(optimize, eager, right)
+        fastest = max((eager, *right), key=lambda one: one.rate)
+        gain, loss = chosen.rate / eager.rate - 1, chosen.rate / fastest.rate - 1
+        self._report |= {
+            "tokens_per_second": chosen.rate,
+            "against_eager": gain,
+            "against_fastest": loss,
+        }
+        logs.say(
+            f"warm: --optimize {optimize} serves with {chosen.mode.name}: {chosen.rate:.0f} tokens/s, "
+            f"{gain:+.0%} against eager, {loss:+.0%} against the fastest that answers right "
+            f"({fastest.mode.name})"
+        )
+        return chosen
 
+    def _refer(self, mode: Mode) -> Measured:
+        with self._server(mode, self._folder / f"reference {mode.name}"):
+            self._chat = golden.has_chat(self._url, self._settings.served_model_name)
+            self._golden[mode.name] = self._ask()
+            return self._measure(mode)
 
-def _write_file_list(output: Path, server: int, model: Path) -> None:
-    """Libraries first, since the first import needs the largest of them; then files in order of opening."""
-    mapped = sorted(
-        {path for pid in descendants(server) for path in _libraries(pid)}, key=_size, reverse=True
-    )
-    opened = (output / record.OPENED).read_text().splitlines()
-    (output / record.OPENED).unlink()
-    wanted = [
-        path
-        for path in dict.fromkeys(mapped + opened)
-        if path.startswith("/")
-        and not path.startswith(("/proc", "/sys", "/dev", "/tmp", str(model)))  # noqa: S108
-        # Read only to find the import structures, which are remembered from now on.
-        and not ("/transformers/models/" in path and path.endswith(".py"))
-        and Path(path).is_file()
-    ]
-    (output / FILE_LIST).write_text("".join(f"{path}\n" for path in wanted))
+    def _ask(self) -> list[golden.Answer]:
+        return golden.ask(self._url, self._settings.served_model_name, chat=self._chat)
+
+    def _measure(self, mode: Mode, said: golden.Comparison | None = None) -> Measured:
+        rate = golden.tokens_per_second(self._url, self._settings.served_model_name)
+        self._tell(mode, said, rate)
+        return Measured(mode, rate)
+
+    def _tell(self, mode: Mode, said: golden.Comparison | None, rate: float | None) -> None:
+        self._report["modes"].append(
+            {"mode": mode.name, "golden": said.to_json() if said else None, "tokens_per_second": rate}
+        )
+        judgement = said.describe() if said else "the reference"
+        speed = f"{rate:.0f} tokens/s" if rate else "refused"
+        logs.say(f"warm: {mode.name}: {speed}; {judgement}")
+
+    def _record(self, mode: Mode) -> None:
+        """Write the recording of `mode`, start from it, and prove that the start used it."""
+        answers = self._golden.get(modes.reference(mode).name)
+        cache = self._caches.get(mode.name)
+        if cache is None:
+            cache = self._folder / "cache"
+            with self._server(mode, cache):
+                self._ask_once()
+        recording = self._write(mode, cache)
+        if answers:
+            golden.write(recording.folder / golden.FILE, answers)
+        environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
+        with self._server(None, None, environment) as pid:
+            startup = self._get("/startup")
+            if startup["recording"]["status"] != "used":
+                raise WarmError(f"the start did not use its own recording: {startup['recording']['reason']}")
+            compiled = [event["detail"] for event in startup["phases"] if event["phase"] == Phase.COMPILE]
+            if missed := [detail for detail in compiled if not detail.startswith("loaded")]:
+                raise WarmError(f"vLLM compiled again what was recorded ({missed[0]})")
+            if answers:
+                said = golden.compare(answers, self._ask())
+                if not said.ok:
+                    raise WarmError(f"a start from the recording {said.describe()}")
+                self._report["golden"] = said.to_json()
+            else:
+                self._ask_once()
+            self._write_file_list(pid)
+        self._report |= {"loaded": compiled, "ready_seconds": startup["elapsed"]}
+        replace(recording, report=self._report).write()
+
+    def _write(self, mode: Mode, cache: Path) -> Recording:
+        names = tuple(json.loads((cache / record.VARIABLES).read_text()))
+        here = fingerprint.gather(
+            self._settings, os.environ, names, gpus=self._facts.gpus, driver=self._facts.driver
+        )
+        folder = self._output / state.RECORDINGS / state.key(here)
+        shutil.rmtree(folder, ignore_errors=True)
+        files: dict[str, tuple[int, str]] = {}
+        for variable_folder in sorted(set(state.CACHE_VARIABLES.values())):
+            for path, data in state.collect(cache / variable_folder):
+                name = f"{variable_folder}/{path}"
+                target = folder / state.FILES / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(data)
+                files[name] = (len(data), hashlib.sha256(data).hexdigest())
+        folder.mkdir(parents=True, exist_ok=True)
+        recording = Recording(folder, here, names, mode, files, self._report)
+        recording.write()
+        return recording
+
+    @contextmanager
+    def _server(
+        self, mode: Mode | None, cache: Path | None, environment: Mapping[str, str] | None = None
+    ) -> Iterator[int]:
+        """A server while the block runs; its pid. mode and cache: none, to start as the image would."""
+        variables = {**os.environ, "COLDSTART_DRAIN_DELAY": "0", **(environment or {})}
+        arguments = list(self._argv)
+        if mode is not None and cache is not None:
+            cache.mkdir()
+            self._caches[mode.name] = cache
+            off = ",".join(filter(None, (variables.get(OFF), Switch.RECORDING.label)))
+            variables |= {**mode.environment, **state.cache_environment(cache), OFF: off}
+            variables[record.VARIABLES_VARIABLE] = str(cache / record.VARIABLES)
+            arguments = [*mode.engine_args, *arguments]
+        server = subprocess.Popen([sys.executable, "-m", "runtime", "serve", *arguments], env=variables)
+        try:
+            while not self._ready():
+                if server.poll() is not None:
+                    raise WarmError("the server ended, see above", server.returncode or EXIT_WRONG)
+                time.sleep(_POLL_SECONDS)
+            yield server.pid
+        finally:
+            server.send_signal(signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(_STOP_SECONDS)
+            server.kill()
+            server.wait()
+
+    def _ready(self) -> bool:
+        try:
+            self._get("/ready")
+        except (OSError, urllib.error.URLError):
+            return False
+        return True
+
+    def _get(self, path: str) -> Any:
+        with urllib.request.urlopen(f"{self._url}{path}", timeout=5) as answer:  # noqa: S310 - of ours
+            return json.load(answer)
+
+    def _ask_once(self) -> None:
+        """One request, so that what is only loaded for the first one is recorded too."""
+        body = {"model": self._settings.served_model_name, "prompt": "Hello", "max_tokens": 4}
+        golden.post(f"{self._url}/v1/completions", body)
+
+    def _write_file_list(self, server: int) -> None:
+        """Libraries first, since the first import needs the largest; then files in order of opening."""
+        output, model = self._output, self._settings.manifest.model_path
+        mapped = sorted(
+            {path for pid in descendants(server) for path in _libraries(pid)}, key=_size, reverse=True
+        )
+        opened = (output / record.OPENED).read_text().splitlines()
+        (output / record.OPENED).unlink()
+        wanted = [
+            path
+            for path in dict.fromkeys(mapped + opened)
+            if path.startswith("/")
+            and not path.startswith(("/proc", "/sys", "/dev", "/tmp", model))  # noqa: S108
+            # Read only to find the import structures, which are remembered from now on.
+            and not ("/transformers/models/" in path and path.endswith(".py"))
+            and Path(path).is_file()
+        ]
+        (output / FILE_LIST).write_text("".join(f"{path}\n" for path in wanted))
 
 
 def _libraries(pid: int) -> set[str]:

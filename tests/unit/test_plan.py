@@ -45,7 +45,7 @@ def test_weights_tag_depends_on_base_and_lock_only() -> None:
 
 def test_cpu_and_gpu_differ_in_data_only() -> None:
     cpu, gpu = plan("cpu"), plan("cuda")
-    assert cpu.engine_args[0] == "--enforce-eager"
+    assert cpu.engine_args[0] == "--kv-cache-memory-bytes"
     assert gpu.engine_args == ()
     assert set(dict(cpu.environment)) - set(dict(gpu.environment)) == {
         *("VLLM_ENABLE_V1_MULTIPROCESSING", "TORCH_COMPILE_DISABLE")

@@ -1,0 +1,32 @@
+"""`python3 -m runtime golden`: asks the running server its recording's golden answers again.
+
+Prints one JSON object; for `coldstart verify`, and for whoever wonders whether a machine computes right.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from typing import Any
+
+from runtime import golden, state
+from runtime.health import pid1_url
+from runtime.settings import Manifest
+
+_SECONDS = 30
+
+
+def main(manifest: Manifest) -> int:
+    """Exit code 0 where the answers are right, or where none are recorded; else 1."""
+    url, model = pid1_url(manifest)
+    with urllib.request.urlopen(f"{url}/startup", timeout=_SECONDS) as answer:  # noqa: S310 - of ours
+        startup: dict[str, Any] = json.load(answer)
+    recording = startup["recording"]
+    said: dict[str, Any] | None = None
+    path = state.folder() / state.RECORDINGS / recording.get("key", "") / golden.FILE
+    if recording["status"] == "used" and path.is_file():
+        chat = golden.has_chat(url, model)
+        said = golden.compare(golden.read(path), golden.ask(url, model, chat=chat)).to_json()
+    compiled = [event["detail"] for event in startup["phases"] if event["phase"] == "compile"]
+    print(json.dumps({"recording": recording, "compiled": compiled, "golden": said}))
+    return 0 if said is None or said["ok"] else 1
