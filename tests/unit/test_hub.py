@@ -255,7 +255,7 @@ def test_disk_is_checked_before_the_download(hub: Hub, tmp_path: Path) -> None:
     hub.sizes = {SHARDS[0]: 10**18}
     done = _plan(hub, tmp_path)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "the model needs 1000000000.0 GB" in done.stderr
+    assert "the download needs 1000000000.0 GB" in done.stderr
     assert hub.bodies == []
 
 

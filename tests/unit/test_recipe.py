@@ -14,7 +14,8 @@ from builder.cli import main
 from builder.errors import HostError, InputError, ModelError
 from builder.kernels import KERNELS, rank_layers, tensor_parallel_size
 from builder.methods import METHODS
-from builder.methods.method import DENSE, Method, Modifier
+from builder.architectures import DENSE
+from builder.methods.method import Method, Modifier
 from builder.models import ModelLock, describe_quantization, parse_ref, resolve
 from builder.quantization_cost import CALIBRATED, available_memory, predict, require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe, require_device

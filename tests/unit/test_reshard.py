@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
 from builder import reshard as module
+from builder import shards
 from builder.errors import HostError
 from builder.models import SHARD_INDEX, ModelSnapshot, parse_ref, resolve
 from builder.report import SilentReporter
@@ -107,8 +108,8 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         if copied == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_copy", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(shards, "_copy", full)
+    with pytest.raises(HostError, match="No space left on device. Free some"):
         reshard(snapshot, 400, cache=tmp_path / "cache", reporter=SilentReporter())
     assert [path.suffix for path in (tmp_path / "cache" / "resharded").iterdir()] == [".lock"]
 
