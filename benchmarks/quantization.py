@@ -1,6 +1,6 @@
 """What each quantization setting loses, on more than one model, and what quantizing takes.
 
-    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost]
+    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost] [--runs N]
 
 Every setting is compared with round-to-nearest at equal group size and symmetry. Finished runs are kept in
 OUT.json and not repeated, so an interrupted study goes on where it was. `--train` adds a small model trained
@@ -36,26 +36,20 @@ VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
 }
-# What differs from the recipe that `coldstart build` would choose.
-SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {"method": "rtn"},
-    {"method": "awq"},
-    {"method": "gptq"},
-    {"method": "rtn", "symmetric": True},
-    {"method": "awq", "symmetric": True},
-    {"method": "gptq", "symmetric": True},
-    {"method": "awq", "calibration_samples": 32},
+# What differs from the recipe that `coldstart build` would choose: method, symmetry and group size in all
+# combinations, each beside round-to-nearest, then what else decides.
+GRID: tuple[Mapping[str, Any], ...] = tuple(
+    {"method": method, "symmetric": symmetric, "group_size": group}
+    for group in (64, 128, 32)
+    for symmetric in (False, True)
+    for method in ("rtn", "gptq", "awq")
+)
+CALIBRATION: tuple[Mapping[str, Any], ...] = (
     {"method": "awq", "calibration_samples": 64},
-    {"method": "awq", "calibration_samples": 8, "calibration_tokens": 512},
     {"method": "gptq", "calibration_samples": 64},
     {"method": "awq-duo-True"},
     {"method": "awq-duo-False"},
-)
-# Groups of 32 are the grid that SmolLM2 here was dequantized from: nothing is lost on it by construction.
-SMALL_GROUPS: tuple[Mapping[str, Any], ...] = (
-    {"method": "rtn", "group_size": 32},
-    {"method": "awq", "group_size": 32},
-    {"method": "gptq", "group_size": 32},
+    {"method": "awq", "calibration_samples": 8, "calibration_tokens": 512},
 )
 
 
@@ -85,16 +79,23 @@ def _runs(
     """Setting by setting, so that an interrupted study has comparable runs of every model."""
     for method in ("awq", "rtn"):
         yield from ((name, folder, {"method": method}) for name, folder in cost.items())
-    for setting in SETTINGS + SMALL_GROUPS:
+    for setting in GRID + CALIBRATION:
         for name, folder in models.items():
+            # Groups of 32 are the grid that SmolLM2 here was unpacked from: nothing is lost on it by construction.
             if setting.get("group_size") != 32 or "SmolLM2" not in name:
                 yield name, folder, setting
 
 
-def _measure(snapshot: ModelSnapshot, name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
-    documents = _library_texts() if name == TRAINED else None
+def _recipe(snapshot: ModelSnapshot, setting: Mapping[str, Any], documents: Calibration | None) -> Recipe | None:
+    """None where the groups do not divide the model's layers."""
     chosen = choose_recipe(snapshot.config, method="awq", device="cpu", calibration=documents)
-    recipe: Recipe = replace(chosen, **setting)
+    largest, wanted = chosen.group_size or 0, setting.get("group_size", 0)
+    return replace(chosen, **setting) if wanted <= largest else None
+
+
+def _measure(
+    snapshot: ModelSnapshot, name: str, recipe: Recipe, setting: Mapping[str, Any], documents: Calibration | None
+) -> dict[str, Any]:
     if not METHODS[recipe.method].calibrated:
         recipe = replace(recipe, calibration_samples=0)
     done = quantize(snapshot, recipe, cache=cache_folder(), reporter=SilentReporter(), calibration=documents)
@@ -150,6 +151,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--train", type=float, metavar="SECONDS")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--runs", type=int, metavar="N", help="stop after so many new ones")
     chosen = parser.parse_args()
     folder = cache_folder().absolute() / "benchmark-models"
     models = {name: Path(path) for name, _, path in (pair.partition("=") for pair in chosen.model)}
@@ -158,6 +160,7 @@ def main() -> None:
     cost = {name: folder / name for name in RANDOM} if chosen.cost else {}
     METHODS.update(VARIANTS)  # type: ignore[attr-defined]
     runs: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
+    left = chosen.runs or -1
     for name, path, setting in _runs(models, cost):
         if any(run["model"] == name and run["setting"] == setting for run in runs):
             continue
@@ -165,7 +168,15 @@ def main() -> None:
             _small_model(path, "train", str(chosen.train))
         elif name in RANDOM:
             _small_model(path, "random", *map(str, RANDOM[name]))
-        runs.append(_measure(resolve(parse_ref(str(path)), SilentReporter()), name, setting))
+        snapshot = resolve(parse_ref(str(path)), SilentReporter())
+        documents = _library_texts() if name == TRAINED else None
+        recipe = _recipe(snapshot, setting, documents)
+        if recipe is None:
+            continue
+        if left == 0:
+            break
+        left -= 1
+        runs.append(_measure(snapshot, name, recipe, setting, documents))
         chosen.out.write_text(json.dumps(runs, indent=1) + "\n")
     _print_table([run for run in runs if run["model"] not in RANDOM])
     _print_cost(runs)

@@ -399,8 +399,13 @@ def ensure_environment(cache: Path, reporter: Reporter) -> Path:
 def _make_environment(environment: Path, python: Path, reporter: Reporter) -> None:
     environment.mkdir(parents=True)
     log = environment / "install.log"
-    # pip's own configuration (index, certificates, proxies) is the user's, as it is.
-    env = {k: v for k, v in os.environ.items() if k not in _PIP_ELSEWHERE} | {"PIP_USER": "0"}
+    # pip's own configuration (index, certificates, proxies) is the user's, as it is. The hub is not its affair,
+    # and a package's setup may run code.
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _PIP_ELSEWHERE and not name.startswith(("HF_", "HUGGING"))
+    } | {"PIP_USER": "0"}
     with reporter.task("Installing the quantizer", None, "packages") as task:
 
         def on_line(line: str) -> bool:

@@ -6,7 +6,6 @@ Random weights answer anything, so that an answer alone would show nothing: log-
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -19,14 +18,13 @@ import pytest
 from safetensors import deserialize, safe_open
 
 from builder.architectures import VISION_LANGUAGE
-from builder.build import cache_folder
 from builder.docker_engine import Container, DockerEngine
 from builder.methods import METHODS
 from builder.models import parse_ref, resolve
-from builder.quantize import Quantized, ensure_environment, job_environment, quantize
+from builder.quantize import Quantized, quantize
 from builder.recipe import choose_recipe
 from builder.report import SilentReporter
-from tests.image.conftest import coldstart, wait_ready
+from tests.image.conftest import coldstart, share_quantizer, tiny_models, wait_ready
 from tests.image.tiny_models import TEXT
 
 HERE = Path(__file__).parent
@@ -34,35 +32,20 @@ SEEING = ("gemma3_vl", "llava", "qwen2_5_vl")
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
 
 
-def _run(*arguments: str | Path, home: Path) -> bytes:
-    """tiny_models.py on the quantizer's Python: its stdout."""
-    python = ensure_environment(cache_folder().absolute(), SilentReporter())
-    return subprocess.run(
-        [python, "-I", HERE / "tiny_models.py", *arguments],
-        env=job_environment(os.environ, home),
-        check=True,
-        capture_output=True,
-    ).stdout
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models of random weights, a folder each."""
     folder = tmp_path_factory.mktemp("models")
     folder.chmod(0o755)
-    _run("make", folder, home=folder)
+    tiny_models("make", folder, home=folder)
     return folder
 
 
 def _quantized(folder: Path, cache: Path, method: str = "awq", device: str = "cpu") -> Quantized:
     """As a build does it; the quantizer's environment is the shared one, the results are this test's own."""
-    (cache / "quantizer").parent.mkdir(parents=True, exist_ok=True)
-    if not (cache / "quantizer").exists():
-        ensure_environment(cache_folder().absolute(), SilentReporter())
-        (cache / "quantizer").symlink_to(cache_folder().absolute() / "quantizer")
     snapshot = resolve(parse_ref(str(folder)), SilentReporter())
     recipe = choose_recipe(snapshot.config, method=method, device=device, samples=8, tokens=64)
-    return quantize(snapshot, recipe, cache=cache, reporter=SilentReporter())
+    return quantize(snapshot, recipe, cache=share_quantizer(cache), reporter=SilentReporter())
 
 
 def _in_vllm(base: str, folders: dict[str, Path], packages: Path | None = None) -> Any:
@@ -101,7 +84,7 @@ def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: s
     done["fp8"] = _quantized(models / "llama", tmp_path / "cache", "fp8", "cuda")
     folders = {name: quantized.folder for name, quantized in done.items()}
     originals = {name: models / (name if name in SERVED else "llama") for name in folders}
-    _run("logprobs", tmp_path / "scores.json", *folders.values(), *originals.values(), home=tmp_path)
+    tiny_models("logprobs", tmp_path / "scores.json", *folders.values(), *originals.values(), home=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     in_vllm = _in_vllm(base, folders)
     for name, folder in folders.items():
@@ -168,7 +151,7 @@ def test_vllm_answers_text_as_each_vision_language_model_was_quantized(
     tmp_path.chmod(0o755)
     done = {name: _quantized(models / name, tmp_path / "cache", device="cuda") for name in SEEING}
     folders = {name: quantized.folder for name, quantized in done.items()}
-    _run("logprobs", tmp_path / "scores.json", *folders.values(), home=tmp_path)
+    tiny_models("logprobs", tmp_path / "scores.json", *folders.values(), home=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
     in_vllm = _in_vllm(base, folders, torchvision)
     for name, folder in folders.items():
@@ -179,7 +162,7 @@ def test_vllm_answers_text_as_each_vision_language_model_was_quantized(
 
 def test_shapes_that_a_config_may_leave_out_are_the_librarys(tmp_path: Path) -> None:
     left_out = {name: shapes for model in VISION_LANGUAGE.values() for name, shapes in model.text.items()}
-    said = json.loads(_run("shapes", *left_out, home=tmp_path))
+    said = json.loads(tiny_models("shapes", *left_out, home=tmp_path))
     for name, shapes in left_out.items():
         assert {key: said[name][key] for key in shapes} == shapes
 

@@ -1,4 +1,4 @@
-"""Runs on the quantizer's Python: `make FOLDER` writes tiny models, `logprobs OUT FOLDER...` scores a text,
+"""Runs on the quantizer's Python: `make FOLDER [NAME...]` writes tiny models, `logprobs OUT FOLDER...` scores a text,
 `shapes TYPE...` prints the defaults of configurations.
 
 Weights are random, but larger than an initialisation's, so that each model has opinions to agree with.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ VISION_LANGUAGE: dict[str, tuple[str, dict[str, Any]]] = {
 CHAT = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant: "
 
 
-def make(folder: Path) -> None:
+def make(folder: Path, names: Sequence[str]) -> None:
     import torch
     import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -113,7 +114,8 @@ def make(folder: Path) -> None:
         name: getattr(transformers, config)(**SHAPE | own) for name, (config, own) in ARCHITECTURES.items()
     }
     described |= {name: getattr(transformers, config)(**own) for name, (config, own) in VISION_LANGUAGE.items()}
-    for name, config in described.items():
+    for name in names or described:
+        config = described[name]
         torch.manual_seed(0)
         model = _auto(config).from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder / name)
@@ -151,7 +153,7 @@ def shapes(model_type: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     if sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
+        make(Path(sys.argv[2]), sys.argv[3:])
     elif sys.argv[1] == "shapes":
         print(json.dumps({name: shapes(name) for name in sys.argv[2:]}))
     else:

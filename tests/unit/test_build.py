@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from builder import build, hub, models
+from builder import build, models
 from builder.errors import HostError, InputError
+from builder.files import finished_folder, require_space
 from builder.plan import BaseImage
 from builder.probe import parse_argument_list, parse_base_facts, parser_complaint
 from builder.report import SilentReporter
