@@ -399,8 +399,8 @@ def ensure_environment(cache: Path, reporter: Reporter) -> Path:
 def _make_environment(environment: Path, python: Path, reporter: Reporter) -> None:
     environment.mkdir(parents=True)
     log = environment / "install.log"
-    # pip's own configuration (index, certificates, proxies) is the user's, as it is. The hub is not its affair,
-    # and a package's setup may run code.
+    # pip's own configuration (index, certificates, proxies) is the user's, as it is. The hub's token is not
+    # for it: a package's setup may run code.
     env = {
         name: value
         for name, value in os.environ.items()

@@ -4,8 +4,9 @@
 
 Runs on the quantizer's Python. The job file names `model` and `output` (folders), `measurements` (a file to
 write), `modifiers` (llm-compressor's, by name and arguments), `recipe` (the fields of Recipe), `vision` (the
-modules that a vision-language model sees with, which are not in the output; none of a text model), `held_out_blocks` (how many to measure on) and, where the user gave one, `calibration` (texts and chats)
-or `calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
+modules that a vision-language model sees with, which are not in the output; none of a text model),
+`held_out_blocks` (how many to measure on) and, where the user gave one, `calibration` (texts and chats) or
+`calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
 lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
 Exit code 0 means that `output` and `measurements` are complete.
 """
@@ -366,7 +367,7 @@ def _load(folder: str, vision: Sequence[str]) -> tuple[Any, Any]:
 
 
 def _keep_patterns(config: Path, ignore: Sequence[str]) -> None:
-    """The recipe's patterns beside the names that the library found for them: vLLM names modules otherwise."""
+    """The recipe's patterns, beside the names that the library found for them: vLLM has other names."""
     described = json.loads(config.read_text(encoding="utf-8"))
     ignored = described["quantization_config"]["ignore"]
     ignored.extend(pattern for pattern in ignore if pattern not in ignored)

@@ -164,7 +164,7 @@ def choose_recipe(
 
 
 def _ignored(architecture: str) -> tuple[str, ...]:
-    """Modules left as they are. Those of vision-language models have other names in vLLM: patterns fit both."""
+    """Modules left as they are; of vision-language models as patterns, since vLLM names them otherwise."""
     if architecture in VISION_LANGUAGE:
         return ("re:.*lm_head$", *(f"re:.*{part}.*" for part in VISION_LANGUAGE[architecture].vision))
     return ("lm_head", *(_ROUTERS if architecture in EXPERTS else ()))
@@ -205,7 +205,7 @@ def _supported_architecture(
     if text is None:
         raise ModelError(
             f"--quantize {method} does not support {architecture} with this text part",
-            why=f"The model_type of its text_config is not {' or '.join(VISION_LANGUAGE[architecture].text)}.",
+            why=f"Its model_type is not {' or '.join(VISION_LANGUAGE[architecture].text)}.",
             fix=_WITHOUT,
         )
     if architecture in VISION_LANGUAGE and device == "cpu":

@@ -85,7 +85,6 @@ def test_token_is_nowhere(engine: DockerEngine, base: str, tmp_path: Path) -> No
             "HF_HOME": str(tmp_path / "hf"),
             "COLDSTART_CACHE": str(cache),
         }
-        # The quantizer's stderr is the build's log; --no-prewarm, since what random weights record is no matter.
         flags = ["--quantize", "awq", "--calibration-samples", "4", "--calibration-tokens", "32"]
         flags += ["--base", base, "-t", tag, "--no-prewarm", "--json"]
         built, programs, files = _watched_build([repo, *flags], environ, cache)

@@ -1,5 +1,5 @@
-"""Runs on the quantizer's Python: `make FOLDER [NAME...]` writes tiny models, `logprobs OUT FOLDER...` scores a text,
-`shapes TYPE...` prints the defaults of configurations.
+"""Runs on the quantizer's Python: `make FOLDER [NAME...]` writes tiny models, `logprobs OUT FOLDER...` scores
+a text, `shapes TYPE...` prints the defaults of configurations.
 
 Weights are random, but larger than an initialisation's, so that each model has opinions to agree with.
 """
@@ -113,7 +113,9 @@ def make(folder: Path, names: Sequence[str]) -> None:
     described = {
         name: getattr(transformers, config)(**SHAPE | own) for name, (config, own) in ARCHITECTURES.items()
     }
-    described |= {name: getattr(transformers, config)(**own) for name, (config, own) in VISION_LANGUAGE.items()}
+    described |= {
+        name: getattr(transformers, config)(**own) for name, (config, own) in VISION_LANGUAGE.items()
+    }
     for name in names or described:
         config = described[name]
         torch.manual_seed(0)
@@ -136,12 +138,31 @@ def logprobs(out: Path, folders: list[str]) -> None:
 
     found = {}
     for folder in folders:
-        model = _auto(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=torch.bfloat16)
+        config = AutoConfig.from_pretrained(folder)
+        model = _auto(config).from_pretrained(folder, dtype=torch.bfloat16)
+        if _rounds_activations(config):
+            for name, module in model.named_modules():
+                if isinstance(module, torch.nn.Linear) and not name.endswith("lm_head"):
+                    module.register_forward_pre_hook(_rounded)
         with torch.inference_mode():
             scores = torch.log_softmax(model(torch.tensor([TEXT])).logits[0].float(), dim=-1)[:-1]
         following = scores.gather(1, torch.tensor(TEXT[1:])[:, None])[:, 0]
         found[folder] = {"top": scores.argmax(1).tolist(), "following": following.tolist()}
     out.write_text(json.dumps(found))
+
+
+def _rounds_activations(config: Any) -> bool:
+    groups = getattr(config, "quantization_config", {}).get("config_groups", {})
+    return any(group.get("input_activations") for group in groups.values())
+
+
+def _rounded(_: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What an FP8 kernel sees of a layer's inputs, [..., tokens, features]: a scale per token."""
+    import torch
+
+    values = inputs[0].float()
+    scale = values.abs().amax(-1, keepdim=True).clamp(min=1e-12) / torch.finfo(torch.float8_e4m3fn).max
+    return ((values / scale).to(torch.float8_e4m3fn).float().mul(scale).to(inputs[0].dtype), *inputs[1:])
 
 
 def shapes(model_type: str) -> dict[str, Any]:

@@ -44,14 +44,14 @@ def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
 def test_disk_that_fills_up_is_told_and_leaves_no_folder(tmp_path: Path, number: int) -> None:
-    with pytest.raises(HostError, match="cannot finish .*Free some disk space"):
-        with finished_folder(tmp_path / "result") as partial:
-            (partial / "half").touch()
-            raise OSError(number, os.strerror(number))
+    told = pytest.raises(HostError, match="cannot finish .*Free some disk space")
+    with told, finished_folder(tmp_path / "result") as partial:
+        (partial / "half").touch()
+        raise OSError(number, os.strerror(number))
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(FileNotFoundError):  # what has nothing to do with the disk stays what it is
-        with finished_folder(tmp_path / "result"):
-            (tmp_path / "missing").read_bytes()
+    # What has nothing to do with the disk stays what it is.
+    with pytest.raises(FileNotFoundError), finished_folder(tmp_path / "result"):
+        (tmp_path / "missing").read_bytes()
 
 
 def test_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

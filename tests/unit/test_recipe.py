@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.architectures import DENSE
 from builder.cli import main
 from builder.errors import HostError, InputError, ModelError
 from builder.kernels import KERNELS, rank_layers, tensor_parallel_size
 from builder.methods import METHODS
-from builder.architectures import DENSE
 from builder.methods.method import Method, Modifier
 from builder.models import ModelLock, describe_quantization, parse_ref, resolve
 from builder.quantization_cost import CALIBRATED, available_memory, predict, require_memory
@@ -225,7 +225,7 @@ def test_experts_are_quantized_for_gpus_without_their_router_and_refused_on_cpus
             128,
             ("vision_tower", "multi_modal_projector"),
         ),
-        # Qwen/Qwen2.5-VL-3B-Instruct: at the top, and 3420 features of its vision part's that no group divides
+        # Qwen/Qwen2.5-VL-3B-Instruct: at the top; its vision part's 3420 features no group divides
         (
             "Qwen2_5_VLForConditionalGeneration",
             {
