@@ -414,7 +414,9 @@ def _require_safetensors(name: str, wanted: Sequence[str], there: Sequence[str])
     if any(path.endswith(".safetensors") for path in wanted):
         return
     if any(path.endswith(".safetensors") for path in _wanted_paths(there, ALL)):
-        raise ModelError(f"--include and --exclude leave {name} without weights", fix="Keep its *.safetensors.")
+        raise ModelError(
+            f"--include and --exclude leave {name} without weights", fix="Keep its *.safetensors."
+        )
     pickles = [path for path in there if _matches(path, _PICKLES) and not _matches(path, _UNWANTED)]
     if pickles:
         raise ModelError(
