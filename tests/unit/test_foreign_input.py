@@ -127,9 +127,7 @@ def test_recipe_is_chosen_or_refused(folder: Path, name: str, value: Any) -> Non
 @fuzz
 @given(
     architecture=st.sampled_from(sorted(VISION)),
-    text_part=st.one_of(
-        values, st.dictionaries(st.sampled_from((*CONFIG, "model_type")), values, max_size=4)
-    ),
+    text_part=st.one_of(values, st.dictionaries(st.sampled_from(tuple(CONFIG)), values, max_size=4)),
     model_type=st.sampled_from(["llama", "gemma3_text", "qwen2_5_vl_text", "other"]),
 )
 def test_recipe_of_a_text_part_is_chosen_or_refused(
