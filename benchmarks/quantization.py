@@ -1,10 +1,13 @@
 """What each quantization setting loses, on more than one model, and what quantizing takes.
 
-    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost]
+    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost] [--runs N]
 
 Every setting is compared with round-to-nearest at equal group size and symmetry. Finished runs are kept in
 OUT.json and not repeated, so an interrupted study goes on where it was. `--train` adds a small model trained
-here, `--cost` random Llamas of two sizes, and prints the lines that builder/quantization_cost.py keeps.
+here. `--cost` measures time and memory of the default settings instead, of random Llamas of two sizes and of
+the named models; it prints the lines that builder/quantization_cost.py keeps, which the random ones decide,
+and what was predicted of each run. Leave the machine alone meanwhile, and start with an empty
+COLDSTART_CACHE.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +25,10 @@ from builder.build import cache_folder
 from builder.calibration import Calibration
 from builder.methods import METHODS
 from builder.methods.awq import AWQ
+from builder.methods.gptq import GPTQ
 from builder.methods.method import Modifier
 from builder.models import ModelSnapshot, parse_ref, resolve
+from builder.quantization_cost import GIB, predict
 from builder.quantize import ensure_environment, job_environment, quantize
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe
 from builder.report import SilentReporter
@@ -36,26 +41,22 @@ VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
 }
-# What differs from the recipe that `coldstart build` would choose.
-SETTINGS: tuple[Mapping[str, Any], ...] = (
-    {"method": "rtn"},
-    {"method": "awq"},
-    {"method": "gptq"},
-    {"method": "rtn", "symmetric": True},
-    {"method": "awq", "symmetric": True},
-    {"method": "gptq", "symmetric": True},
-    {"method": "awq", "calibration_samples": 32},
+# Channels scaled as AWQ does, then rounded as GPTQ does.
+VARIANTS["awq-gptq"] = replace(AWQ, quantizer=GPTQ.quantizer)
+# What differs from the recipe that `coldstart build` would choose: method, symmetry and group size in all
+# combinations, each beside round-to-nearest, then what else decides.
+GRID: tuple[Mapping[str, Any], ...] = tuple(
+    {"method": method, "symmetric": symmetric, "group_size": group}
+    for group in (64, 128, 32)
+    for symmetric in (False, True)
+    for method in ("rtn", "gptq", "awq-gptq", "awq")
+)
+CALIBRATION: tuple[Mapping[str, Any], ...] = (
     {"method": "awq", "calibration_samples": 64},
-    {"method": "awq", "calibration_samples": 8, "calibration_tokens": 512},
     {"method": "gptq", "calibration_samples": 64},
     {"method": "awq-duo-True"},
     {"method": "awq-duo-False"},
-)
-# Groups of 32 are the grid that SmolLM2 here was dequantized from: nothing is lost on it by construction.
-SMALL_GROUPS: tuple[Mapping[str, Any], ...] = (
-    {"method": "rtn", "group_size": 32},
-    {"method": "awq", "group_size": 32},
-    {"method": "gptq", "group_size": 32},
+    {"method": "awq", "calibration_samples": 8, "calibration_tokens": 512},
 )
 
 
@@ -79,22 +80,36 @@ def _library_texts() -> Calibration:
     return Calibration(tuple(text for i, text in enumerate(corpus()) if i % 10 == 0))
 
 
-def _runs(
-    models: Mapping[str, Path], cost: Mapping[str, Path]
-) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
+def _settings(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
     """Setting by setting, so that an interrupted study has comparable runs of every model."""
-    for method in ("awq", "rtn"):
-        yield from ((name, folder, {"method": method}) for name, folder in cost.items())
-    for setting in SETTINGS + SMALL_GROUPS:
+    for setting in GRID + CALIBRATION:
         for name, folder in models.items():
+            # SmolLM2 here was unpacked from groups of 32: nothing is lost on that grid by construction.
             if setting.get("group_size") != 32 or "SmolLM2" not in name:
                 yield name, folder, setting
 
 
-def _measure(snapshot: ModelSnapshot, name: str, setting: Mapping[str, Any]) -> dict[str, Any]:
-    documents = _library_texts() if name == TRAINED else None
+def _costs(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
+    for method in ("rtn", "awq"):
+        yield from ((name, folder, {"method": method}) for name, folder in models.items())
+
+
+def _recipe(
+    snapshot: ModelSnapshot, setting: Mapping[str, Any], documents: Calibration | None
+) -> Recipe | None:
+    """None where the groups do not divide the model's layers."""
     chosen = choose_recipe(snapshot.config, method="awq", device="cpu", calibration=documents)
-    recipe: Recipe = replace(chosen, **setting)
+    largest, wanted = chosen.group_size or 0, setting.get("group_size", 0)
+    return replace(chosen, **setting) if wanted <= largest else None
+
+
+def _measure(
+    snapshot: ModelSnapshot,
+    name: str,
+    recipe: Recipe,
+    setting: Mapping[str, Any],
+    documents: Calibration | None,
+) -> dict[str, Any]:
     if not METHODS[recipe.method].calibrated:
         recipe = replace(recipe, calibration_samples=0)
     done = quantize(snapshot, recipe, cache=cache_folder(), reporter=SilentReporter(), calibration=documents)
@@ -123,7 +138,7 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
 
 
 def _print_cost(runs: list[dict[str, Any]]) -> None:
-    """The line through the two random models, for each kind of method."""
+    """The line through the two random models, for each kind of method, and what was predicted of each run."""
     for method in ("awq", "rtn"):
         points = sorted(
             (run["parameters"], run["peak_memory_bytes"], run["seconds"], run["calibration_samples"])
@@ -135,12 +150,18 @@ def _print_cost(runs: list[dict[str, Any]]) -> None:
         (small, few, quick, samples), (large, much, slow, _) = points
         tokens = (samples + HELD_OUT_BLOCKS) * 256
         memory, time = (much - few) / (large - small), (slow - quick) / (large - small)
-        constant = quick - time * small
-        if constant < 0:  # one noisy run: then the larger model's rate alone
-            constant, time = 0.0, slow / large
         print(
             f"{method}: {few - memory * small:.3g} bytes + {memory:.3g} a parameter; "
-            f"{constant:.3g} s + {time / tokens:.3g} a parameter and token"
+            f"{quick - time * small:.3g} s + {time / tokens:.3g} a parameter and token"
+        )
+    for run in runs:
+        recipe = Recipe(**{field.name: run[field.name] for field in fields(Recipe)})
+        expected = predict(run["parameters"], recipe)
+        print(
+            f"{run['model']} {run['method']}: predicted {expected.seconds} s and "
+            f"{expected.memory_bytes / GIB:.2f} GiB, measured {run['seconds']:.0f} s "
+            f"({expected.seconds / run['seconds'] - 1:+.0%}) and {run['peak_memory_bytes'] / GIB:.2f} GiB "
+            f"({expected.memory_bytes / run['peak_memory_bytes'] - 1:+.0%})"
         )
 
 
@@ -150,25 +171,38 @@ def main() -> None:
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--train", type=float, metavar="SECONDS")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--runs", type=int, metavar="N", help="stop after so many new ones")
     chosen = parser.parse_args()
     folder = cache_folder().absolute() / "benchmark-models"
     models = {name: Path(path) for name, _, path in (pair.partition("=") for pair in chosen.model)}
-    if chosen.train:
+    if chosen.cost:
+        models |= {name: folder / name for name in RANDOM}
+    elif chosen.train:
         models[TRAINED] = folder / TRAINED
-    cost = {name: folder / name for name in RANDOM} if chosen.cost else {}
     METHODS.update(VARIANTS)  # type: ignore[attr-defined]
     runs: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
-    for name, path, setting in _runs(models, cost):
+    left = chosen.runs or -1
+    for name, path, setting in _costs(models) if chosen.cost else _settings(models):
         if any(run["model"] == name and run["setting"] == setting for run in runs):
             continue
         if name == TRAINED:
             _small_model(path, "train", str(chosen.train))
         elif name in RANDOM:
             _small_model(path, "random", *map(str, RANDOM[name]))
-        runs.append(_measure(resolve(parse_ref(str(path)), SilentReporter()), name, setting))
+        snapshot = resolve(parse_ref(str(path)), SilentReporter())
+        documents = _library_texts() if name == TRAINED else None
+        recipe = _recipe(snapshot, setting, documents)
+        if recipe is None:
+            continue
+        if left == 0:
+            break
+        left -= 1
+        runs.append(_measure(snapshot, name, recipe, setting, documents))
         chosen.out.write_text(json.dumps(runs, indent=1) + "\n")
-    _print_table([run for run in runs if run["model"] not in RANDOM])
-    _print_cost(runs)
+    if chosen.cost:
+        _print_cost(runs)
+    else:
+        _print_table(runs)
 
 
 if __name__ == "__main__":

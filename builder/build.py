@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import platformdirs
 
 from builder import context, lockfile, models, probe, render
-from builder.errors import HostError, InputError, ModelError
+from builder.errors import InputError, ModelError
+from builder.files import require_space
 from builder.plan import BaseImage, BuildPlan, Device, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
@@ -247,7 +248,7 @@ def build(
     base = inspect_base(spec, engine, reporter)
     snapshot = resolve_model(spec, reporter, base=base, lock_path=lock_path, locked=locked)
     if spec.quantize:  # before the long work; the exact check comes when the sizes are known
-        require_space(engine.data_root, snapshot.lock.total_bytes)
+        _require_engine_space(engine.data_root, snapshot.lock.total_bytes)
     snapshot, quantized = prepare_model(spec, snapshot, base, reporter)
     plan = make_plan(spec, snapshot.lock, base, quantized.to_json() if quantized else None)
     reused = plan.baked and _weights_image(plan, snapshot.root, engine, reporter)
@@ -274,7 +275,7 @@ def _weights_image(plan: BuildPlan, root: Path, engine: DockerEngine, reporter: 
     if found is not None and found.labels.get("dev.coldstart.weights.key") == plan.weights.key:
         reporter.step(f"Weights image {plan.weights.tag} is here already; no weight is sent")
         return True
-    require_space(engine.data_root, plan.disk_bytes)
+    _require_engine_space(engine.data_root, plan.disk_bytes)
     reporter.step(f"Building the weights image {plan.weights.tag}")
     engine.build(
         render.render_weights(plan, root),
@@ -355,15 +356,12 @@ def _remember_accepted(base: BaseImage, arguments: tuple[str, ...]) -> None:
         memo.touch()
 
 
-def require_space(data_root: str, needed: int) -> None:
+def _require_engine_space(data_root: str, needed: int) -> None:
     """The engine's disk, when it is on this machine (a remote engine's is not ours to look at)."""
-    folder = Path(data_root)
-    if not folder.exists():
-        return
-    free = shutil.disk_usage(folder).free
-    if free < needed + _SPARE_BYTES:
-        raise HostError(
-            f"the build needs {(needed + _SPARE_BYTES) / 1e9:.1f} GB",
-            why=f"Docker Engine's disk has {free / 1e9:.1f} GB free.",
+    if Path(data_root).exists():
+        require_space(
+            Path(data_root),
+            needed + _SPARE_BYTES,
+            what="the build needs",
             fix="Free some with `docker image prune`, or move the engine's data root.",
         )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import queue
 import re
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from builder.errors import HostError, ModelError
+from builder.files import require_space
 from builder.models import ModelRef, Shapes
 from builder.report import Reporter, Task
 
@@ -99,7 +99,7 @@ def download(
         if not isinstance(try_to_load_from_cache(ref.repo, name, revision=info.sha), str)
     ]
     remove_orphans(Path(hub.HF_HUB_CACHE), repository.cache_name)
-    require_space(Path(hub.HF_HUB_CACHE), sum(sizes[name] for name in missing))
+    _require_space(sum(sizes[name] for name in missing))
     total = sum(sizes[name] for name in wanted)
     with reporter.task(f"Downloading {ref.repo}", total) as task:
         task.advance(total - sum(sizes[name] for name in missing))
@@ -182,7 +182,7 @@ def download_dataset_file(
     info, sizes = _metadata(repository, reporter)
     path = choose(sizes)
     remove_orphans(Path(hub.HF_HUB_CACHE), repository.cache_name)
-    require_space(Path(hub.HF_HUB_CACHE), sizes[path])
+    _require_space(sizes[path])
     with reporter.task(f"Downloading {path} of {repository}", sizes[path]) as task:
         local = Path(
             _call(
@@ -474,13 +474,12 @@ def _refused(repository: Repository, error: Any) -> ModelError:
     return ModelError(f"cannot get {repository.at}", why=why, fix=fix)
 
 
-def require_space(cache: Path, needed: int) -> None:
-    folder = cache
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise HostError(
-            f"the model needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free",
-            fix="Free some space, or set HF_HOME to a larger disk.",
-        )
+def _require_space(needed: int) -> None:
+    from huggingface_hub import constants as hub
+
+    require_space(
+        Path(hub.HF_HUB_CACHE),
+        needed,
+        what="the download needs",
+        fix="Free some, or set HF_HOME to a larger disk.",
+    )

@@ -188,7 +188,9 @@ def _resolve_hub(
     left: list[str] = []
 
     def choose(paths: Iterable[str]) -> list[str]:
-        wanted = _wanted_paths(paths, choice)
+        there = list(paths)
+        wanted = _wanted_paths(there, choice)
+        _require_safetensors(str(ref.repo), wanted, there)
         left[:] = [path for path in wanted if path.endswith(".safetensors") and not weights]
         return [path for path in wanted if path not in left]
 
@@ -281,7 +283,7 @@ def _snapshot(
         files = files[: len(paths)]
     config = _read_config(root)
     if not remote:
-        _require_safetensors(root, paths)
+        _require_safetensors(name, paths, list(_relative_files(root)))
     tensors = {path: _tensor_shapes(root / path) for path in paths if path.endswith(".safetensors")}
     tensors |= {file.path: shapes for file, shapes in remote.items()}
     _check_index(root, paths, tensors)
@@ -407,18 +409,23 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(Path(name).match(pattern) for pattern in patterns)
 
 
-def _require_safetensors(root: Path, paths: Sequence[str]) -> None:
-    if any(path.endswith(".safetensors") for path in paths):
+def _require_safetensors(name: str, wanted: Sequence[str], there: Sequence[str]) -> None:
+    """wanted: the chosen ones of all files that are there."""
+    if any(path.endswith(".safetensors") for path in wanted):
         return
-    pickles = [path for path in _relative_files(root) if _matches(path, _PICKLES)]
+    if any(path.endswith(".safetensors") for path in _wanted_paths(there, ALL)):
+        raise ModelError(
+            f"--include and --exclude leave {name} without weights", fix="Keep its *.safetensors."
+        )
+    pickles = [path for path in there if _matches(path, _PICKLES) and not _matches(path, _UNWANTED)]
     if pickles:
         raise ModelError(
-            f"{root.name} has its weights as pickles only ({pickles[0]})",
+            f"{name} has its weights as pickles only ({pickles[0]})",
             why="Loading a pickle runs code from it.",
             fix="Use a revision with *.safetensors, or load it where that is safe and `save_pretrained` it.",
         )
     raise ModelError(
-        f"{root} has no *.safetensors", why="There are no weights to serve.", fix="Get the whole model."
+        f"{name} has no *.safetensors", why="There are no weights to serve.", fix="Get the whole model."
     )
 
 

@@ -23,14 +23,16 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from builder.architectures import VISION_LANGUAGE, is_vision
 from builder.calibration import Calibration
 from builder.errors import BuildError, HostError, ModelError
-from builder.files import exclusive, finished_folder
+from builder.files import exclusive, finished_folder, require_space
 from builder.methods import METHODS
-from builder.models import ModelLock, ModelSnapshot
+from builder.models import SHARD_INDEX, ModelLock, ModelSnapshot
 from builder.quantization_cost import require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe
 from builder.report import Reporter
+from builder.shards import tensors_of, write_shards
 
 # What decides the bytes of a result; everything else may be any release that these accept.
 QUANTIZER_REQUIREMENTS = (
@@ -215,7 +217,7 @@ def quantize(
         with exclusive(cache / "quantized" / f"{digest}.lock", "this model is being quantized", reporter):
             if not finished.is_dir():
                 require_memory(snapshot.lock, recipe)
-                _require_disk_space(snapshot.lock, cache)
+                _require_disk_space(snapshot, cache)
                 python = ensure_environment(cache, reporter)
                 _quantize_into(finished, snapshot, recipe, calibration, python, reporter)
                 return _read(finished, recipe)
@@ -237,15 +239,10 @@ def _quantize_into(
         work.mkdir()
         result.mkdir()
         _run_job(snapshot, recipe, calibration, python, work, result, reporter)
-        try:
-            _copy_unquantized_files(snapshot, result)
-            (work / _MEASUREMENTS).rename(partial / _MEASUREMENTS)
-        except OSError as error:
-            raise HostError(
-                f"cannot finish the quantized {snapshot.lock.name} in {finished.parents[1]}",
-                why=f"{error.strerror}.",
-                fix="Free some disk space, and build again.",
-            ) from None
+        if _vision(snapshot):
+            _add_vision(snapshot, result, work, reporter)
+        _copy_unquantized_files(snapshot, result)
+        (work / _MEASUREMENTS).rename(partial / _MEASUREMENTS)
         shutil.rmtree(work)
         _make_readable(partial)
 
@@ -267,6 +264,7 @@ def _run_job(
         "measurements": str(work / _MEASUREMENTS),
         "recipe": asdict(recipe),
         "modifiers": recipe.modifiers(),
+        "vision": _vision(snapshot),
         "held_out_blocks": HELD_OUT_BLOCKS,
         "calibration": calibration.documents if calibration else None,
         "calibration_parquet": str(calibration.parquet) if calibration and calibration.parquet else None,
@@ -325,6 +323,27 @@ def job_environment(environ: Mapping[str, str], home: Path) -> dict[str, str]:
     }
 
 
+def _vision(snapshot: ModelSnapshot) -> tuple[str, ...]:
+    """The modules that a vision-language model sees with; none of a text model."""
+    model = VISION_LANGUAGE.get(next(iter(snapshot.lock.architectures), ""))
+    return model.vision if model else ()
+
+
+def _add_vision(snapshot: ModelSnapshot, result: Path, work: Path, reporter: Reporter) -> None:
+    """The vision part's tensors as the model has them, beside those that the job wrote."""
+    (result / SHARD_INDEX).unlink(missing_ok=True)
+    written = [path.rename(work / path.name) for path in sorted(result.glob("*.safetensors"))]
+    original = [snapshot.root / file.path for file in snapshot.lock.files if file.is_shard]
+    vision = [
+        tensor
+        for path in original
+        for tensor in tensors_of(path)
+        if is_vision(tensor.name, snapshot.lock.architectures[0])
+    ]
+    text = [tensor for path in written for tensor in tensors_of(path)]
+    write_shards(result, [*text, *vision], GIB, reporter)
+
+
 def _copy_unquantized_files(snapshot: ModelSnapshot, result: Path) -> None:
     """Tokenizer, chat template, generation config: the model's own bytes, not rewritten by a library."""
     for file in snapshot.lock.files:
@@ -343,17 +362,16 @@ def _make_readable(folder: Path) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def _require_disk_space(lock: ModelLock, cache: Path) -> None:
-    needed = lock.total_bytes + SLACK_BYTES
+def _require_disk_space(snapshot: ModelSnapshot, cache: Path) -> None:
+    needed = snapshot.lock.total_bytes + SLACK_BYTES
     if not _is_complete(environment_folder(cache)):
         needed += ENVIRONMENT_BYTES
-    free = shutil.disk_usage(cache).free
-    if free < needed:
-        raise HostError(
-            f"quantizing {lock.name} needs {needed / GIB:.1f} GiB of disk space in {cache}",
-            why=f"{free / GIB:.1f} GiB are free.",
-            fix="Free some space, or use a cache folder on another disk.",
-        )
+    require_space(
+        cache,
+        needed,
+        what=f"quantizing {snapshot.lock.name} needs",
+        fix="Free some, or set COLDSTART_CACHE to a larger disk.",
+    )
 
 
 def _is_complete(environment: Path) -> bool:
@@ -381,8 +399,13 @@ def ensure_environment(cache: Path, reporter: Reporter) -> Path:
 def _make_environment(environment: Path, python: Path, reporter: Reporter) -> None:
     environment.mkdir(parents=True)
     log = environment / "install.log"
-    # pip's own configuration (index, certificates, proxies) is the user's, as it is.
-    env = {k: v for k, v in os.environ.items() if k not in _PIP_ELSEWHERE} | {"PIP_USER": "0"}
+    # pip's own configuration (index, certificates, proxies) is the user's, as it is. The hub's token is not
+    # for it: a package's setup may run code.
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _PIP_ELSEWHERE and not name.startswith(("HF_", "HUGGING"))
+    } | {"PIP_USER": "0"}
     with reporter.task("Installing the quantizer", None, "packages") as task:
 
         def on_line(line: str) -> bool:

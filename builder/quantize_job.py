@@ -3,9 +3,10 @@
     python -I quantize_job.py JOB.json
 
 Runs on the quantizer's Python. The job file names `model` and `output` (folders), `measurements` (a file to
-write), `modifiers` (llm-compressor's, by name and arguments), `recipe` (the fields of Recipe),
-`held_out_blocks` (how many to measure on) and, where the user gave one, `calibration` (texts and chats)
-or `calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
+write), `modifiers` (llm-compressor's, by name and arguments), `recipe` (the fields of Recipe), `vision` (the
+modules that a vision-language model sees with, which are not in the output; none of a text model),
+`held_out_blocks` (how many to measure on) and, where the user gave one, `calibration` (texts and chats) or
+`calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
 lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
 Exit code 0 means that `output` and `measurements` are complete.
 """
@@ -272,7 +273,7 @@ def compare(model: Any, before: Any, after: Any, blocks: list[list[int]]) -> dic
     import torch
 
     head = model.get_output_embeddings()
-    cap = getattr(model.config, "final_logit_softcapping", None)
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def log_probabilities(states: Any) -> Any:
         logits = head(states.to(head.weight.device)).float()
@@ -326,7 +327,7 @@ def apply_recipe(
 
     modifiers = _modifiers(described)
     quantizer = type(modifiers[-1])
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     finished = 0
     layer_ends = quantizer.on_sequential_epoch_end
 
@@ -348,13 +349,29 @@ def apply_recipe(
     oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, **data)
 
 
-def _load(folder: str) -> tuple[Any, Any]:
-    """Model and tokenizer; fused experts become linear layers of their own, which can be quantized."""
+def _load(folder: str, vision: Sequence[str]) -> tuple[Any, Any]:
+    """Model and tokenizer; fused experts become linear layers of their own, which can be quantized.
+
+    Of a vision-language model the text part alone: text never reaches the rest, whose layers have names like
+    the text's and would be taken for them. The builder adds its tensors to the result.
+    """
     from llmcompressor.modeling.moe.linearize import linearize_moe
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return linearize_moe(AutoModelForCausalLM.from_pretrained(folder, dtype="auto")), tokenizer
+    auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
+    model = auto.from_pretrained(folder, dtype="auto")
+    for part in vision:
+        delattr(model.base_model, part)
+    return linearize_moe(model), tokenizer
+
+
+def _keep_patterns(config: Path, ignore: Sequence[str]) -> None:
+    """The recipe's patterns, beside the names that the library found for them: vLLM has other names."""
+    described = json.loads(config.read_text(encoding="utf-8"))
+    ignored = described["quantization_config"]["ignore"]
+    ignored.extend(pattern for pattern in ignore if pattern not in ignored)
+    config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def main(job_file: str) -> None:
@@ -371,7 +388,7 @@ def main(job_file: str) -> None:
     def part(start: float, end: float) -> Report:
         return lambda progress, detail: report(start + (end - start) * progress, detail)
 
-    model, tokenizer = _load(job["model"])
+    model, tokenizer = _load(job["model"], job["vision"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
     model.to(_generation_device(model))
 
@@ -411,6 +428,7 @@ def main(job_file: str) -> None:
     report(0.97, "writing the weights")
     model.generation_config = GenerationConfig()  # transformers refuses to save one that contradicts itself
     model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD_SIZE)
+    _keep_patterns(output / "config.json", recipe["ignore"])
     # The builder copies the model's own tokenizer, chat template and generation config, byte for byte.
     (output / "generation_config.json").unlink(missing_ok=True)
     measurements = {

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from builder.architectures import EXPERTS, VISION_LANGUAGE, text_config
 from builder.calibration import Calibration
 from builder.errors import ModelError
 from builder.kernels import KERNELS, Kernels, Linear, UnevenError, group_size, misfit, rank_layers
 from builder.methods import METHODS
-from builder.methods.method import EXPERTS, Method, Modifier
+from builder.methods.method import Method, Modifier
 from builder.models import quantization_of
 
 # Blocks that a model is measured on, before and after.
@@ -62,7 +63,7 @@ class Recipe:
             words.append("symmetric" if self.symmetric else "asymmetric")
         else:
             words.append("a scale per channel")
-        kept = ", ".join(name.removeprefix("re:") for name in self.ignore)
+        kept = ", ".join(name.removeprefix("re:").strip(".*$\\").replace("\\.", ".") for name in self.ignore)
         return f"{', '.join(words)}; {kept} left as is"
 
     def modifiers(self) -> list[dict[str, Any]]:
@@ -127,8 +128,8 @@ def choose_recipe(
     """
     require_device(method, device)
     chosen, kernels = METHODS[method], KERNELS[device][METHODS[method].format]
-    architecture = _supported_architecture(config, method, device, kernels)
-    layers = _layers(config, architecture, ranks)
+    architecture, text = _supported_architecture(config, method, device, kernels)
+    layers = _layers(text, architecture, ranks)
     experts = architecture in EXPERTS
     problem = misfit(layers, kernels)
     if experts and kernels.experts_hidden and layers[0].inputs % kernels.experts_hidden:
@@ -154,7 +155,7 @@ def choose_recipe(
         group_size=group,
         # Zero points halve the error of 4-bit groups (KL to the original 0.18 against 0.36 on SmolLM2).
         symmetric=not kernels.zero_points,
-        ignore=("lm_head", *(_ROUTERS if experts else ())),
+        ignore=_ignored(architecture),
         calibration_samples=samples,
         calibration_tokens=tokens,
         seed=0,
@@ -162,7 +163,17 @@ def choose_recipe(
     )
 
 
-def _supported_architecture(config: Mapping[str, Any], method: str, device: str, kernels: Kernels) -> str:
+def _ignored(architecture: str) -> tuple[str, ...]:
+    """Modules left as they are; of vision-language models as patterns, since vLLM names them otherwise."""
+    if architecture in VISION_LANGUAGE:
+        return ("re:.*lm_head$", *(f"re:.*{part}.*" for part in VISION_LANGUAGE[architecture].vision))
+    return ("lm_head", *(_ROUTERS if architecture in EXPERTS else ()))
+
+
+def _supported_architecture(
+    config: Mapping[str, Any], method: str, device: str, kernels: Kernels
+) -> tuple[str, Mapping[str, Any]]:
+    """The architecture and the configuration of its text part."""
     named = config.get("architectures")
     architecture = str(named[0]) if isinstance(named, list) and named else "(no architecture)"
     if quantized := quantization_of(config):
@@ -190,7 +201,20 @@ def _supported_architecture(config: Mapping[str, Any], method: str, device: str,
             why=f"Supported: {', '.join(sorted(supported))}.",
             fix=_WITHOUT,
         )
-    return architecture
+    text = text_config(config, architecture)
+    if text is None:
+        raise ModelError(
+            f"--quantize {method} does not support {architecture} with this text part",
+            why=f"Its model_type is not {' or '.join(VISION_LANGUAGE[architecture].text)}.",
+            fix=_WITHOUT,
+        )
+    if architecture in VISION_LANGUAGE and device == "cpu":
+        raise ModelError(
+            f"--quantize {method} does not support {architecture} on {_DEVICES[device]}",
+            why="vLLM's vision-language models need torchvision, which CPU bases lack.",
+            fix="Use a GPU base image.",
+        )
+    return architecture, text
 
 
 def _layers(config: Mapping[str, Any], architecture: str, ranks: int) -> tuple[Linear, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from builder.methods.method import DENSE, Method, Modifier
+from builder.architectures import DENSE, VISION
+from builder.methods.method import Method, Modifier
 
 FP8 = Method(
     title="FP8",
     format="fp8",
-    architectures=DENSE,
+    architectures=DENSE | VISION,
     calibrated=False,
     quantizer=Modifier("llmcompressor.modifiers.quantization:QuantizationModifier"),
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from builder.methods.method import DENSE, Method, Modifier
+from builder.architectures import DENSE, VISION
+from builder.methods.method import Method, Modifier
 
 GPTQ = Method(
     title="GPTQ",
     format="int4",
-    architectures=DENSE,
+    architectures=DENSE | VISION,
     calibrated=True,
     quantizer=Modifier("llmcompressor.modifiers.gptq:GPTQModifier"),
 )

@@ -10,21 +10,6 @@ from typing import Any, Literal
 # "fp8": a scale per output channel, activations in FP8 with a scale per token (W8A8).
 WeightFormat = Literal["int4", "fp8"]
 
-# Dense decoder-only text models whose projections have the names that vLLM fuses and the job expects.
-DENSE = frozenset(
-    {
-        "LlamaForCausalLM",
-        "MistralForCausalLM",
-        "Qwen2ForCausalLM",
-        "Qwen3ForCausalLM",
-        "GemmaForCausalLM",
-        "Gemma2ForCausalLM",
-        "Gemma3ForCausalLM",
-    }
-)
-# Mixtures of experts whose routers and expert names survive quantization; others are not tried.
-EXPERTS = frozenset({"Qwen3MoeForCausalLM"})
-
 
 @dataclass(frozen=True)
 class Modifier:

@@ -18,7 +18,10 @@ from typing import Any
 
 import pytest
 
+from builder.build import cache_folder
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
+from builder.quantize import ensure_environment, job_environment
+from builder.report import SilentReporter
 
 ASK = Path(__file__).parent / "ask.py"
 # Of the images that are built; another one keeps two suites on one engine apart.
@@ -103,6 +106,26 @@ def wait_healthy(container: Container) -> None:
 
 def wait_ready(container: Container) -> None:
     wait_until(lambda: _answers(container, "/ready", 200), container)
+
+
+def tiny_models(*arguments: str | Path, home: Path) -> bytes:
+    """tiny_models.py on the quantizer's Python: its stdout."""
+    python = ensure_environment(cache_folder().absolute(), SilentReporter())
+    return subprocess.run(
+        [python, "-I", Path(__file__).with_name("tiny_models.py"), *arguments],
+        env=job_environment(os.environ, home),
+        check=True,
+        capture_output=True,
+    ).stdout
+
+
+def share_quantizer(cache: Path) -> Path:
+    """A cache of a test's own, which has the quantizer's environment that is shared."""
+    python = ensure_environment(cache_folder().absolute(), SilentReporter())
+    cache.mkdir(exist_ok=True)
+    if not (cache / "quantizer").exists():
+        (cache / "quantizer").symlink_to(python.parents[2])
+    return cache
 
 
 @pytest.fixture(scope="session")

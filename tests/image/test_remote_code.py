@@ -8,8 +8,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from builder.docker_engine import Container
-from tests.image.conftest import wait_until
+from builder.docker_engine import Container, DockerEngine
+from tests.image.conftest import PREFIX, coldstart, wait_until
+from tests.models import write_model
+
+# Says where it runs by failing: what a build that fails shows is the end of the container's log.
+_TELLS = """
+import json, os, socket
+
+said = {
+    "user": os.getuid(),
+    "interfaces": [name for _, name in socket.if_nameindex()],
+    "secrets": [name for name, value in os.environ.items() if "hf_planted" in value],
+    "capabilities": [line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")],
+}
+raise RuntimeError("SEEN " + json.dumps(said) + " NEES")
+"""
 
 ASK = Path(__file__).parent / "ask.py"
 
@@ -42,3 +56,25 @@ def test_code_of_the_repository_runs_in_the_image_only(
     code, output = container.run(["python3", "-c", ASK.read_text()])
     assert code == 0, output
     assert "Paris" in json.loads(output.strip().splitlines()[-1])["chat"]
+
+
+def test_code_of_the_repository_runs_at_the_build_without_token_network_or_root(
+    base: str, tmp_path: Path, engine: DockerEngine
+) -> None:
+    config = {"model_type": "own_llama", "auto_map": {"AutoConfig": "own_config.OwnConfig"}}
+    folder = write_model(tmp_path / "telling", config=config)
+    (folder / "own_config.py").write_text(_TELLS + _CODE)
+    tag = f"{PREFIX}/telling:test"
+    built = coldstart(
+        *("build", str(folder), "--base", base, "-t", tag, "--trust-remote-code"),
+        env={"HF_TOKEN": "hf_planted", "HUGGING_FACE_HUB_TOKEN": "hf_planted"},
+    )
+    try:
+        assert built.code == 5
+        assert "was built, but does not start here" in built.err
+        said = json.loads(built.err.split("SEEN ")[1].split(" NEES")[0].replace("\n", ""))
+        assert said == {"user": 2000, "interfaces": ["lo"], "secrets": [], "capabilities": ["0" * 16]}
+    finally:
+        labels = engine.require_image(tag).labels
+        engine.remove_image(tag)
+        engine.remove_image(f"coldstart/weights:{labels['dev.coldstart.weights.key'][:16]}")

@@ -13,7 +13,12 @@ if __name__ == "__main__":
     found = {}
     for folder in sys.argv[2:]:
         llm = LLM(
-            folder, enforce_eager=True, max_model_len=128, kv_cache_memory_bytes=1 << 26, dtype="bfloat16"
+            folder,
+            enforce_eager=True,
+            max_model_len=128,
+            kv_cache_memory_bytes=1 << 26,
+            dtype="bfloat16",
+            limit_mm_per_prompt={"image": 0, "video": 0},  # text alone; nothing that processes images is here
         )
         wanted = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1)
         scored = llm.generate({"prompt_token_ids": text}, wanted)[0].prompt_logprobs

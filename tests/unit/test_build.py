@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -8,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from builder import build, hub, models
+from builder import build, models
 from builder.errors import HostError, InputError
+from builder.files import finished_folder, require_space
 from builder.plan import BaseImage
 from builder.probe import parse_argument_list, parse_base_facts, parser_complaint
 from builder.report import SilentReporter
@@ -21,21 +24,34 @@ _Usage = namedtuple("_Usage", "total used free")
 
 def test_full_disk_is_told_before_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(10**12, 10**12 - 2 * 10**9, 2 * 10**9))
-    build.require_space(str(tmp_path), 10**8)
-    with pytest.raises(HostError, match=r"needs 3.1 GB.*2.0 GB free"):
-        build.require_space(str(tmp_path), 2 * 10**9)
+    build._require_engine_space(str(tmp_path), 10**8)
+    with pytest.raises(HostError, match=r"the build needs 3.1 GB of disk space .*2.0 GB are free"):
+        build._require_engine_space(str(tmp_path), 2 * 10**9)
 
 
 def test_disk_of_a_remote_engine_is_not_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(1, 1, 0))
-    build.require_space(str(tmp_path / "not-on-this-machine"), 10**12)
+    build._require_engine_space(str(tmp_path / "not-on-this-machine"), 10**12)
 
 
-def test_full_disk_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(10**12, 10**12 - 10**9, 10**9))
-    hub.require_space(tmp_path / "not" / "there" / "yet", 10**8)
-    with pytest.raises(HostError, match="HF_HOME"):
-        hub.require_space(tmp_path / "not" / "there" / "yet", 10**10)
+def test_disk_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: _Usage(9, 6, 3) if path == tmp_path else None)
+    folder = tmp_path / "not" / "there" / "yet"
+    require_space(folder, 3, what="this needs", fix="Free some.")
+    with pytest.raises(HostError, match=r"this needs 0\.0 GB of disk space in .*Free some"):
+        require_space(folder, 4, what="this needs", fix="Free some.")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_disk_that_fills_up_is_told_and_leaves_no_folder(tmp_path: Path, number: int) -> None:
+    told = pytest.raises(HostError, match="cannot finish .*Free some disk space")
+    with told, finished_folder(tmp_path / "result") as partial:
+        (partial / "half").touch()
+        raise OSError(number, os.strerror(number))
+    assert list(tmp_path.iterdir()) == []
+    # What has nothing to do with the disk stays what it is.
+    with pytest.raises(FileNotFoundError), finished_folder(tmp_path / "result"):
+        (tmp_path / "missing").read_bytes()
 
 
 def test_cache_folder_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from builder import build, calibration, context, lockfile, models, render
+from builder.architectures import VISION
 from builder.errors import ColdstartError
 from builder.models import LockedFile, ModelSnapshot, parse_ref
 from builder.plan import BaseImage, BuildPlan, make_plan
@@ -120,7 +121,25 @@ def test_any_config_is_read_or_refused(folder: Path, config: dict[str, Any]) -> 
 @example("architectures", 3)
 @example("architectures", [3])
 def test_recipe_is_chosen_or_refused(folder: Path, name: str, value: Any) -> None:
-    (folder / "config.json").write_text(json.dumps({**CONFIG, name: value}))
+    _choose(folder, {**CONFIG, name: value})
+
+
+@fuzz
+@given(
+    architecture=st.sampled_from(sorted(VISION)),
+    text_part=st.one_of(values, st.dictionaries(st.sampled_from(tuple(CONFIG)), values, max_size=4)),
+    model_type=st.sampled_from(["llama", "gemma3_text", "qwen2_5_vl_text", "other"]),
+)
+def test_recipe_of_a_text_part_is_chosen_or_refused(
+    folder: Path, architecture: str, text_part: Any, model_type: str
+) -> None:
+    if isinstance(text_part, dict):
+        text_part = {"model_type": model_type, **text_part}
+    _choose(folder, {"architectures": [architecture], "text_config": text_part})
+
+
+def _choose(folder: Path, config: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
 
     def choose(snapshot: ModelSnapshot) -> None:
         with suppress(ColdstartError):

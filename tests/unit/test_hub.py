@@ -110,6 +110,28 @@ def test_branch_becomes_a_commit_and_only_what_serving_needs_comes(hub: Hub, tmp
     assert sorted(hub.bodies) == FILES
 
 
+def test_repository_of_pickles_is_refused_before_anything_is_fetched(hub: Hub, tmp_path: Path) -> None:
+    for path in hub.folder.rglob("*.safetensors"):
+        path.unlink()
+    done = _plan(hub, tmp_path)
+    assert done.returncode == 3
+    assert "org/tiny-model has its weights as pickles only (pytorch_model.bin)" in done.stderr
+    assert "Loading a pickle runs code from it." in done.stderr
+    assert "`save_pretrained`" in done.stderr
+    assert hub.bodies == []
+    (hub.folder / "pytorch_model.bin").unlink()
+    assert "has no *.safetensors" in _plan(hub, tmp_path).stderr
+
+
+def test_login_of_the_hub_is_used_where_no_token_is_in_the_environment(hub: Hub, tmp_path: Path) -> None:
+    hub.token = TOKEN
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "token").write_text(TOKEN)
+    done = _plan(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+
+
 def test_second_time_fetches_nothing_and_offline_works(hub: Hub, tmp_path: Path) -> None:
     first = _plan(hub, tmp_path)
     hub.requests.clear()
@@ -255,7 +277,7 @@ def test_disk_is_checked_before_the_download(hub: Hub, tmp_path: Path) -> None:
     hub.sizes = {SHARDS[0]: 10**18}
     done = _plan(hub, tmp_path)
     assert (done.returncode, done.stdout) == (4, "")
-    assert "the model needs 1000000000.0 GB" in done.stderr
+    assert "the download needs 1000000000.0 GB" in done.stderr
     assert hub.bodies == []
 
 

@@ -108,8 +108,15 @@ def test_tensor_that_the_index_promises_must_be_there(tmp_path: Path) -> None:
 def test_pickles_alone_are_refused(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "tiny")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="pickles only"):
+    with pytest.raises(ModelError, match=r"tiny has its weights as pickles only \(pytorch_model.bin\)"):
         _resolve(folder)
+
+
+def test_patterns_that_leave_no_weights_are_told(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tiny")
+    (folder / "pytorch_model.bin").touch()
+    with pytest.raises(ModelError, match="--include and --exclude leave tiny without weights"):
+        resolve(parse_ref(str(folder)), SilentReporter(), Choice(exclude=("*.safetensors",)))
 
 
 def test_folder_without_config_or_weights(tmp_path: Path) -> None:

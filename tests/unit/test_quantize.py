@@ -391,7 +391,7 @@ def test_job_sees_no_token_and_no_network(snapshot: ModelSnapshot, cache: Path, 
 def test_too_little_disk_space_is_said_before_anything_starts(snapshot: ModelSnapshot, cache: Path) -> None:
     huge = LockedFile(path="model.safetensors", size=10**18, sha256="0" * 64)
     lock = snapshot.lock.model_copy(update={"files": (huge,)})
-    with pytest.raises(HostError, match=r"needs 93132257\d\.\d GiB"):
+    with pytest.raises(HostError, match=r"quantizing tiny needs 100000000\d\.\d GB"):
         quantize(ModelSnapshot(lock, snapshot.root), RECIPE, cache=cache, reporter=SilentReporter())
     assert not environment_folder(cache).exists()
 
@@ -426,6 +426,27 @@ def test_environment_is_made_once_and_an_unfinished_one_is_replaced(
     second = RecordingReporter()
     assert quantizing.ensure_environment(cache, second) == python
     assert second.tasks == []
+
+
+def test_installing_sees_no_token_of_the_hub(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, str]] = []
+
+    def run(*_: Any, env: dict[str, str], log: Path, **__: Any) -> int:
+        seen.append(env)
+        log.touch()
+        return 1
+
+    monkeypatch.setattr(quantizing, "_run", run)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HUGGING_FACE_HUB_TOKEN", "hf_secret")
+    monkeypatch.setenv("PIP_INDEX_URL", "https://index.example/simple")
+    with pytest.raises(HostError):
+        quantizing.ensure_environment(cache, SilentReporter())
+    [env] = seen
+    assert "hf_secret" not in env.values()
+    assert env["PIP_INDEX_URL"] == "https://index.example/simple"
 
 
 def test_environment_that_cannot_be_installed_shows_pips_log_and_leaves_nothing(

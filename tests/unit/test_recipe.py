@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from builder.architectures import DENSE
 from builder.cli import main
 from builder.errors import HostError, InputError, ModelError
 from builder.kernels import KERNELS, rank_layers, tensor_parallel_size
 from builder.methods import METHODS
-from builder.methods.method import DENSE, Method, Modifier
+from builder.methods.method import Method, Modifier
 from builder.models import ModelLock, describe_quantization, parse_ref, resolve
 from builder.quantization_cost import CALIBRATED, available_memory, predict, require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe, require_device
@@ -172,6 +173,13 @@ def test_only_the_device_that_needs_them_has_kernel_minimums() -> None:
             {"architectures": ["Qwen2VLForConditionalGeneration"]},
             "does not support Qwen2VL.*LlamaForCausalLM",
         ),
+        (
+            {
+                "architectures": ["LlavaForConditionalGeneration"],
+                "text_config": {"model_type": "phi", "hidden_size": 4096},
+            },
+            "Llava.* with this text part .*not llama or mistral",
+        ),
         ({"architectures": None}, "does not support"),
     ],
 )
@@ -198,6 +206,77 @@ def test_experts_are_quantized_for_gpus_without_their_router_and_refused_on_cpus
         choose_recipe(QWEN3_MOE | {"hidden_size": 2080, "head_dim": 64}, device="cuda")
     with pytest.raises(ModelError, match="gptq does not support the mixture-of-experts model"):
         choose_recipe(QWEN3_MOE, device="cuda", method="gptq")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "group_size", "vision"),
+    [
+        # google/gemma-3-4b-it says no more of its text part than this
+        (
+            "Gemma3ForConditionalGeneration",
+            {"text_config": {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240}},
+            128,
+            ("vision_tower", "multi_modal_projector"),
+        ),
+        # llava-hf/llava-1.5-7b-hf says nothing
+        (
+            "LlavaForConditionalGeneration",
+            {"text_config": {"model_type": "llama"}},
+            128,
+            ("vision_tower", "multi_modal_projector"),
+        ),
+        # Qwen/Qwen2.5-VL-3B-Instruct: at the top; its vision part's 3420 features no group divides
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            {
+                "model_type": "qwen2_5_vl",
+                "hidden_size": 2048,
+                "intermediate_size": 11008,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 2,
+                "vision_config": {"hidden_size": 1280, "intermediate_size": 3420},
+            },
+            128,
+            ("visual",),
+        ),
+        # as transformers 5 writes it; 960 = 64 x 15
+        (
+            "Qwen2_5_VLForConditionalGeneration",
+            {
+                "text_config": {
+                    "model_type": "qwen2_5_vl_text",
+                    "hidden_size": 960,
+                    "intermediate_size": 2560,
+                    "num_attention_heads": 15,
+                    "num_key_value_heads": 5,
+                },
+            },
+            64,
+            ("visual",),
+        ),
+    ],
+)
+def test_vision_language_models_are_quantized_without_what_they_see_with(
+    architecture: str, config: dict[str, Any], group_size: int, vision: tuple[str, ...]
+) -> None:
+    recipe = choose_recipe({"architectures": [architecture], **config}, device="cuda")
+    assert recipe.group_size == group_size
+    assert recipe.ignore == ("re:.*lm_head$", *(f"re:.*{part}.*" for part in vision))
+    assert recipe.describe().endswith(f"; {', '.join(('lm_head', *vision))} left as is")
+
+
+def test_vision_language_models_are_not_quantized_for_bases_that_cannot_serve_them() -> None:
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "llama"}}
+    with pytest.raises(ModelError, match="LlavaForConditionalGeneration on CPUs .*torchvision"):
+        choose_recipe(config, device="cpu")
+
+
+def test_quantized_text_part_is_recognised() -> None:
+    text = {"model_type": "llama", "quantization_config": {"quant_method": "awq", "bits": 4}}
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    assert describe_quantization(config) == "awq int4"
+    with pytest.raises(ModelError, match="quantized already"):
+        choose_recipe(config, device="cuda")
 
 
 def test_fp8_is_for_gpus_and_needs_no_group_and_no_calibration() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 
 from builder import reshard as module
+from builder import shards
 from builder.errors import HostError
 from builder.models import SHARD_INDEX, ModelSnapshot, parse_ref, resolve
 from builder.report import SilentReporter
@@ -97,6 +99,28 @@ def test_second_time_is_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     assert sum(file.is_shard for file in first.lock.files) == 4
 
 
+@pytest.mark.parametrize("mebibytes", [16, 128])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, mebibytes: int) -> None:
+    """One chunk at a time, whatever the size of model, shard or tensor."""
+    write_model(tmp_path / "model")
+    name, size = tmp_path / "model" / "model.safetensors", mebibytes << 20
+    entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
+    last = {"dtype": "U8", "shape": [1], "data_offsets": [size, size + 1]}
+    header = json.dumps({"large": entry, "last": last}).encode()
+    with name.open("wb") as file:  # with a hole instead of data
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + size + 1)
+    snapshot = resolve(parse_ref(str(tmp_path / "model")), SilentReporter())
+    tracemalloc.start()
+    try:
+        after = reshard(snapshot, size, cache=tmp_path / "cache", reporter=SilentReporter())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert sum(file.is_shard for file in after.lock.files) == 2
+    assert peak < 12 << 20
+
+
 def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot = _model(tmp_path / "model", [{f"t{i}": ("F32", 100) for i in range(4)}])
     copied = 0
@@ -107,8 +131,8 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
         if copied == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_copy", full)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(shards, "_copy", full)
+    with pytest.raises(HostError, match="No space left on device. Free some"):
         reshard(snapshot, 400, cache=tmp_path / "cache", reporter=SilentReporter())
     assert [path.suffix for path in (tmp_path / "cache" / "resharded").iterdir()] == [".lock"]
 
