@@ -12,7 +12,7 @@ import importlib.machinery
 import marshal
 import mmap
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.abc import MetaPathFinder
 from pathlib import Path
@@ -148,35 +148,61 @@ def warm_up_shortly() -> bool:
     return True
 
 
-class ImportStructures(MetaPathFinder):
-    """What transformers finds by reading the text of all its 2,600 model files, remembered.
+class AfterImport(MetaPathFinder):
+    """Calls a function with a module once that is imported. To be put on sys.meta_path before."""
 
-    It does so twice at every import. To be put on sys.meta_path before transformers is imported. known: from
-    an earlier start of the same installation; what is asked for beyond it is found and added.
-    """
-
-    _MODULE = "transformers.utils.import_utils"
-
-    def __init__(self, known: Structures) -> None:
-        self.known = known
+    def __init__(self, functions: Mapping[str, Callable[[Any], None]]) -> None:
+        self._functions = functions
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name != self._MODULE:
+        function = self._functions.get(name)
+        if function is None:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
-        def execute_and_replace(module: Any) -> None:
+        def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            if hasattr(module, "define_import_structure"):
-                module.define_import_structure = self._remembered(module.define_import_structure)
+            function(module)
 
-        spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
         return spec
+
+
+def without_compiler() -> AfterImport:
+    """Where torch.compile is disabled (TORCH_COMPILE_DISABLE=1), its decorators return the function itself.
+
+    So do torch's own, once they have imported the compiler, which is an eighth of what vLLM imports.
+    """
+
+    def itself(function: Any = None, *_: Any, **__: Any) -> Any:
+        return function if function is not None else itself
+
+    def replace(*names: str) -> Callable[[Any], None]:
+        return lambda module: vars(module).update({name: itself for name in names if hasattr(module, name)})
+
+    decorators = ("disable", "allow_in_graph", "assume_constant_result")
+    return AfterImport({"torch": replace("compile"), "torch.compiler": replace(*decorators)})
+
+
+class ImportStructures(AfterImport):
+    """What transformers finds by reading the text of all its 2,600 model files, remembered.
+
+    It does so twice at every import. To be put on sys.meta_path before transformers is imported. known: from
+    an earlier start of the same installation; what is asked for beyond it is found and added.
+    """
+
+    def __init__(self, known: Structures) -> None:
+        super().__init__({"transformers.utils.import_utils": self._replace})
+        self.known = known
+
+    def _replace(self, module: Any) -> None:
+        if hasattr(module, "define_import_structure"):
+            module.define_import_structure = self._remembered(module.define_import_structure)
 
     def _remembered(self, define: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(define)

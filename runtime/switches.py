@@ -23,6 +23,10 @@ class Switch(enum.Enum):
         "import-structures",
         "What transformers would find by reading 2,600 files at each import is remembered.",
     )
+    DEFERRED_IMPORTS = (
+        "deferred-imports",
+        "Modules that the recorded start did not use are imported when something first needs them.",
+    )
     INSPECT_IN_FORK = (
         "inspect-in-fork",
         "vLLM looks at the model's class in a fork, not in a new interpreter. Needs template.",

@@ -18,7 +18,7 @@ import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from runtime import logs, prefetch, processes, record, shortcuts, state, trace
+from runtime import deferred, logs, prefetch, processes, record, shortcuts, state, switches, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
@@ -74,6 +74,22 @@ def _write_variables() -> None:
         Path(target).write_text(json.dumps(sorted(names)))
 
 
+def _defer(recording: Path | None) -> None:
+    """Have modules that the recorded start did not use imported later; while recording, all candidates."""
+    if not Switch.DEFERRED_IMPORTS.on:
+        return
+    if recording:
+        told = deferred.recorder(recording / deferred.TOUCHED)
+        finder = deferred.Deferred(deferred.CANDIDATES, told, check=True)
+    elif names := deferred.unused(prefetch.STATE / deferred.TOUCHED):
+        finder = deferred.Deferred(names)
+    else:
+        return
+    sys.meta_path.insert(0, finder)
+    if os.environ.get("TORCH_COMPILE_DISABLE") == "1":
+        sys.meta_path.insert(0, shortcuts.without_compiler())
+
+
 def _load() -> None:
     # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
     os.setpgid(0, 0)
@@ -94,6 +110,7 @@ def _load() -> None:
         sys.meta_path.insert(0, structures)
     global imports_remembered
     imports_remembered = bool(structures.known)
+    _defer(Path(recording) if recording else None)
     with trace.span(Phase.ENGINE_IMPORT):
         _fork_from_template()
         if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
@@ -140,5 +157,15 @@ def load() -> None:
         failure = traceback.format_exc()
 
 
+def _import_everything() -> None:
+    """Start this process again without deferred imports: another vLLM may use what their list forbids."""
+    print(f"{failure}coldstart: once more, with --off {Switch.DEFERRED_IMPORTS.label}", flush=True)
+    off = (os.environ.get(switches.VARIABLE, ""), Switch.DEFERRED_IMPORTS.label)
+    os.environ[switches.VARIABLE] = ",".join(filter(None, off))
+    os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - multiprocessing's descriptors are inherited
+
+
 if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
     load()
+    if failure and any(isinstance(finder, deferred.Deferred) for finder in sys.meta_path):
+        _import_everything()
