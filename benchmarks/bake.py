@@ -14,10 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from benchmarks.schema import BenchResult, Run
+from benchmarks.schema import BenchResult, Run, Way
 from runtime.phases import Phase
-
-Way = Literal["bake", "download", "mount"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import bake
-from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Resources, Run, State, Workload
+from benchmarks.schema import (
+    BenchResult,
+    ImageFacts,
+    Machine,
+    MeasuredPhase,
+    Resources,
+    Run,
+    State,
+    Way,
+    Workload,
+)
 from builder.cli import app
 from builder.errors import InputError
 from runtime.phases import Phase
@@ -24,7 +34,7 @@ MODEL = bake.Model(weights=1000 * MB, packed=800 * MB, base=3000 * MB, rest=10.0
     ("way", "expected"),
     [("bake", 8 + 4 + 10), ("download", 20 + 10), ("mount", 2.5 + 10)],
 )
-def test_seconds_of_each_way(way: bake.Way, expected: float) -> None:
+def test_seconds_of_each_way(way: Way, expected: float) -> None:
     assert bake.seconds(way, MODEL, NODE) == pytest.approx(expected)
 
 

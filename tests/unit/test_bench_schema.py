@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from benchmarks.schema import BenchResult, MeasuredPhase, Resources, Run, State, json_schema
+from benchmarks.schema import BenchResult, MeasuredPhase, Resources, Run, State, json_schema, read_result
 from runtime.phases import Phase
 
 ROOT = Path(__file__).parents[2]
@@ -24,11 +24,20 @@ def test_a_file_of_version_1_is_read_as_uncontrolled() -> None:
     old = json.loads(COMMITTED.read_text())
     assert (old["schema_version"], old["page_cache"]) == (1, "not controlled")
     result = BenchResult.model_validate(old)
-    assert (result.schema_version, len(result.runs)) == (2, 15)
+    assert (result.schema_version, len(result.runs)) == (3, 15)
     assert {run.state for run in result.runs} == {State(page_cache="as_is", compile_cache="as_is")}
 
 
-@pytest.mark.parametrize("version", [0, 3, "1"])
+def test_a_file_of_version_2_is_read_without_what_it_lacks() -> None:
+    path = ROOT / "benchmarks/results/smollm2-2026-11-23-warm.json"
+    assert json.loads(path.read_text())["schema_version"] == 2
+    result = read_result(path)
+    assert (result.schema_version, len(result.runs)) == (3, 18)
+    assert {run.wall_seconds for run in result.runs} == {None}
+    assert {image.off for image in result.images} == {()}
+
+
+@pytest.mark.parametrize("version", [0, 4, "1"])
 def test_a_file_of_another_version_is_refused(version: object) -> None:
     data = json.loads(COMMITTED.read_text()) | {"schema_version": version}
     with pytest.raises(ValidationError, match="schema_version"):
