@@ -58,7 +58,9 @@ _PULL_PATIENCE_SECONDS = 60.0
 _LOG_LINES = 40
 _CLOCK_SHARE = 0.02
 
-# Of the runtime: the optimisations that a start goes without.
+# Of the runtime: nobody else sends requests, for whom it would go on serving after SIGTERM.
+_DRAIN_VARIABLE = "COLDSTART_DRAIN_DELAY"
+# The optimisations that a start goes without.
 _OFF_VARIABLE = "COLDSTART_OFF"
 # Where a controlled compile cache is mounted, and what makes vLLM and Inductor use it.
 _CACHE_FOLDER = "/coldstart-compile-cache"
@@ -475,7 +477,8 @@ class _Bench:
     def _start(
         self, image: ImageFacts, volumes: Sequence[Volume], sample: _Sample, deadline: float, task: Task
     ) -> None:
-        environment = {**(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
+        ours = {_DRAIN_VARIABLE: "0"} if image.weights else {}
+        environment = {**ours, **(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
         if image.off:
             environment[_OFF_VARIABLE] = ",".join(image.off)
         mounts = {volume.name: _CACHE_FOLDER for volume in volumes}

@@ -334,6 +334,13 @@ PngFile = Annotated[
     Path | None, typer.Option("--png", help="Write the drawing to this file; needs coldstart[png].")
 ]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a README.")]
+Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")]
+Mount = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, exists=True, help="The model's folder, for images built with --weights mount."
+    ),
+]
 Baseline = Annotated[
     str | None, typer.Option(help="Compare with this image, or with a file that --json wrote.")
 ]
@@ -374,33 +381,24 @@ def bench(
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
     no_sampler: Annotated[bool, typer.Option("--no-sampler", help="Do not sample resources.")] = False,
-    env: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")
-    ] = None,
+    mount: Mount = None,
+    env: Env = None,
 ) -> None:
     """Start images in turn and time every phase, to the first token.
 
     Also: `coldstart bench report FILE` shows a file that --json wrote; `coldstart bench history FOLDER` shows
     several over time.
     """
-    from rich.console import Console
-
-    from benchmarks.docker_host import DockerHost
-    from benchmarks.harness import Conditions, run_benchmark
-    from benchmarks.live import LiveView
-    from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
+    from benchmarks.harness import Conditions
+    from benchmarks.outputs import Outputs, file_baseline
     from benchmarks.stats import precise_enough
     from benchmarks.summary import estimates
     from builder import build as pipeline
-    from builder.docker_engine import DockerEngine
 
     chosen = images or [tag for tag in (pipeline.last_built(),) if tag]
     if not chosen:
         raise InputError("no image given, and none was built here yet", fix="Name an image.")
     outputs = Outputs(html, svg, png, markdown)
-    outputs.check()
-    if json_file:
-        check_folder(json_file)
     earlier = file_baseline(Path(baseline), chosen) if baseline and Path(baseline).is_file() else None
     if baseline and not earlier:
         chosen = [baseline, *(image for image in chosen if image != baseline)]
@@ -411,8 +409,103 @@ def bench(
         compile_cache=_cache_state("--compile-cache", compile_cache),
         pull=pull,
         sample=not no_sampler,
+        mount=mount.absolute() if mount else None,
         environment=_environment(env or ()),
     )
+
+    def enough(result: BenchResult) -> bool:
+        shown = earlier.put_first(result) if earlier else result
+        return until is not None and precise_enough(estimates(shown), until)
+
+    result = _measure(
+        chosen,
+        runs,
+        json_file=json_file,
+        outputs=outputs,
+        until=until,
+        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
+        enough=enough,
+        timeout=timeout,
+        conditions=conditions,
+    )
+    _show_result(result, earlier, max_regression, outputs)
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
+    _fail_if_worse(result, earlier, max_regression)
+
+
+@bench_app.command("ablate")
+def bench_ablate(
+    image: Annotated[
+        str | None, typer.Argument(help="An image that coldstart built; default: the last.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Leave out this optimisation; may be repeated [each].")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Starts in each way.")] = 6,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
+    markdown: MarkdownFile = None,
+    page_cache: CacheState = "as_is",
+    timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
+    mount: Mount = None,
+    env: Env = None,
+) -> None:
+    """What each optimisation saves: start an image in turn with all of them and without each.
+
+    The image itself tells which it has: `docker run IMAGE switches`.
+    """
+    from benchmarks.docker_host import DockerHost
+    from benchmarks.harness import Conditions
+    from benchmarks.outputs import Outputs
+    from builder import build as pipeline
+    from builder.docker_engine import DockerEngine
+
+    chosen = image or pipeline.last_built()
+    if not chosen:
+        raise InputError("no image given, and none was built here yet", fix="Name an image.")
+    switches = DockerHost(DockerEngine()).switches(chosen)
+    for name in only or ():
+        if name not in switches:
+            raise InputError(f"{chosen} has no optimisation {name}", fix=f"It has {', '.join(switches)}.")
+    outputs = Outputs(html, svg, png, markdown)
+    conditions = Conditions(
+        page_cache=_cache_state("--page-cache", page_cache),
+        mount=mount.absolute() if mount else None,
+        environment=_environment(env or ()),
+    )
+    result = _measure(
+        [chosen],
+        runs,
+        json_file=json_file,
+        outputs=outputs,
+        timeout=timeout,
+        conditions=conditions,
+        ablate=list(dict.fromkeys(only or switches)),
+    )
+    _show_result(result, None, None, outputs)
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
+    _fail_if_worse(result, None, None)
+
+
+def _measure(
+    images: list[str], runs: int, *, json_file: Path | None, outputs: Outputs, **options: Any
+) -> BenchResult:
+    """Run the benchmark, live on a terminal; raw samples go to `json_file` after each run."""
+    from rich.console import Console
+
+    from benchmarks.docker_host import DockerHost
+    from benchmarks.harness import run_benchmark
+    from benchmarks.live import LiveView
+    from benchmarks.outputs import check_folder, write_whole
+    from builder.docker_engine import DockerEngine
+
+    outputs.check()
+    if json_file:
+        check_folder(json_file)
     engine = DockerEngine()
     live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 
@@ -420,28 +513,16 @@ def bench(
         if json_file:
             write_whole(json_file, (result.model_dump_json(indent=1) + "\n").encode())
 
-    def enough(result: BenchResult) -> bool:
-        shown = earlier.put_first(result) if earlier else result
-        return until is not None and precise_enough(estimates(shown), until)
-
-    result = run_benchmark(
+    return run_benchmark(
         DockerHost(engine),
-        chosen,
+        images,
         runs,
         reporter=live or _reporter(),
         save=save,
-        until=until,
-        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
-        enough=enough,
         watcher=live,
-        timeout=timeout,
-        conditions=conditions,
         engine_version=engine.version,
+        **options,
     )
-    _show_result(result, earlier, max_regression, outputs)
-    if json_file:
-        typer.echo(f"raw samples: {json_file}")
-    _fail_if_worse(result, earlier, max_regression)
 
 
 @bench_app.command("report")
