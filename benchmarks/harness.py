@@ -466,6 +466,7 @@ class _Bench:
         if state != "as_is":
             task.detail(f"making the page cache {state} for {image.reference}")
             folders = [*self.host.image_folders(image.id), *(volume.folder for volume in volumes)]
+            folders += [self.conditions.mount] if self.conditions.mount and image.weights == "mount" else []
             page_cache.bring(folders, state)
         sample.began, sample.began_monotonic = now(), time.monotonic()
         deadline = sample.began_monotonic + self.timeout

@@ -552,7 +552,12 @@ def bench_report(
 @bench_app.command("bake")
 def bench_bake(
     file: Annotated[Path, typer.Argument(help="What `coldstart bench --pull --json` wrote.")],
-    weights: Annotated[list[float], typer.Option(help="MB of each image's weights; repeat it for each.")],
+    check: Annotated[
+        Path | None, typer.Option(help="Runs of the same images at the rates given, to check with.")
+    ] = None,
+    weights: Annotated[
+        list[float] | None, typer.Option(help="MB of each image's weights; repeat it for each [known].")
+    ] = None,
     registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
     hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
     disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [measured].")] = None,
@@ -563,12 +568,14 @@ def bench_bake(
     from benchmarks.schema import read_result
 
     rates = {"registry": registry, "hub": hub, "disk": disk, "mount": mount}
-    for name, rate in (*rates.items(), *(("weights", size) for size in weights)):
+    for name, rate in (*rates.items(), *(("weights", size) for size in weights or ())):
         if rate is not None and rate <= 0:
             raise InputError(f"--{name} {rate:g} is not a size or a rate", fix="Give more than 0.")
     given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
+    sizes = [round(size * 1e6) for size in weights or ()]
+    checking = read_result(check) if check else None
     try:
-        node, rows = bake.rows(read_result(file), [round(size * 1e6) for size in weights], given)
+        node, rows = bake.rows(read_result(file), given, checking, sizes)
     except ValueError as error:
         raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
     typer.echo(
@@ -584,8 +591,10 @@ def bench_bake(
             typer.echo(
                 f"  baking is sooner than downloading from {row.crossing / 1e6:.0f} MB/s of the registry on"
             )
-        checked = "not checked: one pulled run" if row.error is None else f"{row.error:+.1%} of measured runs"
-        typer.echo(f"  error of the model: {checked}")
+        checked = "not checked, by want of another run"
+        if row.measured is not None:
+            checked = f"{row.predicted:.1f} s predicted, {row.measured:.1f} s measured, {row.error:+.1%}"
+        typer.echo(f"  error of the model ({row.way}): {checked}")
 
 
 @bench_app.command("history")
