@@ -53,11 +53,11 @@ class Saving:
 
     @property
     def sentence(self) -> str:
-        told = f"without {self.name} {self.ratio.value:.2f} times as long ({interval(self.ratio)})"
+        told = f"without {self.name} {self.ratio.value:.2f} times as long ({interval(self.ratio)})."
         if not self.decided:
-            return f"{self.name}: no difference that {self.ratio.runs} runs of each show; {told}."
+            return f"{self.name}: no difference that these runs show; {told}"
         verb, seconds = ("saves", self.saved) if self.saved > 0 else ("costs", -self.saved)
-        return f"{self.name} {verb} {seconds:.1f} s: {told}."
+        return f"{self.name} {verb} {seconds:.1f} s: {told}"
 
 
 def outline(result: BenchResult) -> BenchResult:
@@ -84,7 +84,12 @@ def savings(result: BenchResult) -> list[Saving]:
 
 
 def sentences(result: BenchResult) -> list[str]:
-    return [saving.sentence for saving in savings(result)] + [NOTE]
+    """What is decided, what is not, and how to read it."""
+    found = savings(result)
+    undecided = ", ".join(saving.name for saving in found if not saving.decided)
+    lines = [saving.sentence for saving in found if saving.decided]
+    lines += [f"No difference that these runs show: {undecided}."] if undecided else []
+    return [*lines, NOTE]
 
 
 def cells(saving: Saving) -> tuple[str, str, str, str]:
@@ -99,7 +104,7 @@ def cells(saving: Saving) -> tuple[str, str, str, str]:
     )
 
 
-HEADS = ("without", "first token, s", "saves, s", "times as long")
+HEADS = ("without", "total, s", "saves, s", "ratio")
 
 
 def table(result: BenchResult) -> Table:
@@ -107,9 +112,9 @@ def table(result: BenchResult) -> Table:
     most = max((saving.saved for saving in found), default=0.0)
     grid = Table(box=box.SIMPLE_HEAD, title=Text(TITLE, style="bold"), title_justify="left", pad_edge=False)
     for position, head in enumerate((*HEADS, "")):
-        grid.add_column(head, no_wrap=position != 0, justify="right" if 0 < position < 4 else "left")
+        grid.add_column(head, no_wrap=True, justify="right" if 0 < position < 4 else "left")
     for saving in found:
-        bar = Bar(most, 0, max(saving.saved, 0.0), width=20) if most > 0 else ""
+        bar = Bar(most, 0, max(saving.saved, 0.0), width=12) if most > 0 else ""
         grid.add_row(*(Text(cell) for cell in cells(saving)), bar, style="" if saving.decided else "dim")
     return grid
 

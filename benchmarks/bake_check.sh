@@ -25,8 +25,9 @@ free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1"
 listening() { until (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; do sleep 0.1; done; }
 
 # The same tensors in a file of other bytes, so that no image here shares a layer of weights with these.
-cp -r "$COLDSTART_TEST_MODEL" "$folder/model"
-python - "$folder/model/model.safetensors" <<'PY'
+model=$folder/SmolLM2-135M-Instruct # where stock.Dockerfile expects it
+cp -r "$COLDSTART_TEST_MODEL" "$model"
+python - "$model/model.safetensors" <<'PY'
 import json, sys
 from pathlib import Path
 
@@ -52,7 +53,7 @@ http: {addr: "127.0.0.1:$registry"}
 YML
 docker-registry serve "$folder/registry.yml" >/dev/null 2>&1 &
 pids+=($!)
-python - "$folder/model" "$folder/url" <<'PY' &
+python - "$model" "$folder/url" <<'PY' &
 import signal, sys
 from pathlib import Path
 from tests.hub import serve
@@ -80,18 +81,27 @@ export HF_ENDPOINT="http://$gateway:$hub_front"
 
 for way in bake download mount; do
   image=127.0.0.1:$front/$NAME:$way
-  model=$folder/model
-  [ "$way" = download ] && model=bench/smollm2
-  built=$(coldstart build "$model" --base "$COLDSTART_TEST_BASE" --weights "$way" --no-prewarm -t "$image" --push --json \
+  source=$model
+  [ "$way" = download ] && source=bench/smollm2
+  built=$(coldstart build "$source" --base "$COLDSTART_TEST_BASE" --weights "$way" --no-prewarm -t "$image" --push --json \
     -- --max-model-len 2048)
   images+=("$image")
   weights=$(python -c 'import json, sys; print(json.load(sys.stdin).get("weights_image") or "")' <<<"$built")
-  # Its tag would keep the layers that a pull is to bring.
-  [ -n "$weights" ] && docker rmi "$weights" >/dev/null
+  [ -n "$weights" ] || continue
+  stock=127.0.0.1:$front/$NAME:stock
+  DOCKER_BUILDKIT=0 docker build -q -t "$stock" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
+  docker push -q "$stock"
+  # Their tags would keep the layers that a pull is to bring.
+  docker rmi "$stock" "$weights" >/dev/null
 done
 
-mounted=(--mount "$folder/model" --env "HF_ENDPOINT=$HF_ENDPOINT")
+mounted=(--mount "$model" --env "HF_ENDPOINT=$HF_ENDPOINT")
 coldstart bench "${images[@]}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-loopback.json"
+docker rmi "${images[0]}" >/dev/null # for the same reason
+docker pull -q "$stock"
+coldstart bench "$stock" --pull --runs 1 --json "$OUT-stock.json"
+docker rmi "$stock" >/dev/null
+docker pull -q "${images[0]}"
 throttle "$REGISTRY_RATE" "$HUB_RATE"
 coldstart bench "${images[@]}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-throttled.json"
 {

@@ -229,11 +229,12 @@ def _with_known_phases(runs: Sequence[Run]) -> Sequence[Run]:
 def compared(result: BenchResult) -> str:
     """What was started how often, in one sentence."""
     several = len(result.images) > 1
+    counts = [len(result.runs_of(image.reference)) for image in result.images]
     first, *others = (image.reference for image in result.images)
     names = " and ".join((first, *others))
     if is_ablation(result):
-        names = f"{first} with all optimisations, and {len(others)} times without some"
-    counts = [len(result.runs_of(image.reference)) for image in result.images]
+        names = f"{first} with all optimisations, and in {len(others)} ways without some"
+        counts = sorted(set(counts))
     often = _times(counts[0]) if len(set(counts)) == 1 else f"{' and '.join(map(str, counts))} times"
     started = f"{'each started' if several and len(set(counts)) == 1 else 'started'} {often}"
     one_benchmark = len({run.order for run in result.runs}) == len(result.runs)
