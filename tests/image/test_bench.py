@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,34 +131,162 @@ def tiny(engine: DockerEngine, registry: str) -> Iterator[str]:
     """An image that serves nothing, in a registry."""
     tag = f"{registry}/{PREFIX}/nothing:1"
     text = f"FROM scratch\nLABEL {NO_LABEL}\nCOPY file /file\n"
-    rendered = Rendered(text, (ContextFile("file", os.urandom(1 << 20)),))
+    rendered = Rendered(text, (_noise(1 << 20),))
     engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
     yield tag
     engine.remove_image(tag)
 
 
-def bench_pull(engine: DockerEngine, image: str) -> Run:
-    conditions = Conditions(pull=True)
+def bench_pull(host: DockerHost, image: str, timeout: float = 600) -> tuple[Run, list[str]]:
+    """The run, and what was told on the way."""
+    notes: list[str] = []
+
+    class Notes(SilentReporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
     result = run_benchmark(
-        *(DockerHost(engine), [image], 1),
-        reporter=SilentReporter(),
+        *(host, [image], 1),
+        reporter=Notes(),
         save=lambda _: None,
-        conditions=conditions,
+        conditions=Conditions(pull=True),
+        timeout=timeout,
     )
     (run,) = result.runs
-    return run
+    return run, notes
 
 
 def test_a_pull_is_timed_and_an_unconfirmed_image_is_kept(tiny: str, engine: DockerEngine) -> None:
     with pytest.raises(InputError, match="never pushed"):
-        bench_pull(engine, tiny)
+        bench_pull(DockerHost(engine), tiny)
     engine.push(tiny, SilentReporter())
     before = engine.require_image(tiny).id
-    run = bench_pull(engine, tiny)
+    run, _ = bench_pull(DockerHost(engine), tiny)
     assert run.state == State(pulled=True)
     assert [event.phase for event in run.phases][:2] == [Phase.IMAGE_PULL, Phase.IMAGE_UNPACK]
     assert "cannot start" in run.error  # it has no command
     assert engine.require_image(tiny).id == before
+
+
+@contextmanager
+def proxy(port: int, registry: str, rate: float) -> Iterator[subprocess.Popen[str]]:
+    """The registry at another port of 127.0.0.1, at `rate` MB/s; 0: as fast as it goes."""
+    command = [sys.executable, "-m", "benchmarks.throttle", f"127.0.0.1:{port}", registry, str(rate)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def behind_proxy(engine: DockerEngine, registry: str) -> Iterator[tuple[str, int]]:
+    """An image of 4 MB in a registry, by the address of a proxy that is not there now; and its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tag = f"127.0.0.1:{port}/{PREFIX}/nothing:1"
+    rendered = Rendered(f"FROM scratch\nLABEL {NO_LABEL}\nCOPY file /file\n", (_noise(4 << 20),))
+    engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    with proxy(port, registry, 0):
+        engine.push(tag, SilentReporter())
+    yield tag, port
+    engine.remove_image(tag)
+
+
+def _noise(size: int) -> ContextFile:
+    return ContextFile("file", os.urandom(size))
+
+
+def test_a_slow_registry_ends_at_the_timeout_and_leaves_a_way_back(
+    behind_proxy: tuple[str, int], registry: str, engine: DockerEngine
+) -> None:
+    tag, port = behind_proxy
+    with proxy(port, registry, 0.2):
+        run, notes = bench_pull(DockerHost(engine), tag, timeout=4)
+        assert "It was not pulled within 4 s." in run.error
+    assert [event.phase for event in run.phases] == [Phase.IMAGE_PULL]
+    assert engine.image(tag) is None
+    (way_back,) = notes
+    with proxy(port, registry, 0):
+        docker.from_env().images.pull(way_back.rpartition(" ")[2])
+
+
+def test_a_registry_that_fails_is_a_failed_run(
+    behind_proxy: tuple[str, int], registry: str, engine: DockerEngine
+) -> None:
+    tag, port = behind_proxy
+    with proxy(port, registry, 0) as process:
+
+        class Leaves(DockerHost):
+            def registry_digest(self, reference: str) -> str:
+                found = super().registry_digest(reference)
+                process.kill()
+                process.wait()
+                return found
+
+        run, notes = bench_pull(Leaves(engine), tag)
+    assert not run.ok
+    assert "cannot pull" in run.error
+    assert "refused" in run.error
+    assert "docker pull" in notes[0]
+
+
+_BEHAVIOUR = """
+import http.server, os, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if how == "hangs":
+            time.sleep(600)
+        body = b"<html>" if how == "garbage" else b"{}"
+        self.send_response(200 if how == "garbage" else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+how = os.environ["HOW"]
+if how == "dies":
+    print("no such device")
+    sys.exit(7)
+http.server.ThreadingHTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def bad_server(engine: DockerEngine, base: str) -> Iterator[str]:
+    tag = f"{PREFIX}/bad:1"
+    text = f'FROM {base}\nCOPY bad.py /bad.py\nEXPOSE 8000\nENTRYPOINT ["python3", "-u", "/bad.py"]\n'
+    rendered = Rendered(text, (ContextFile("bad.py", _BEHAVIOUR.encode()),))
+    engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    yield tag
+    engine.remove_image(tag)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("dies", "exited with code 7"),
+        ("hangs", "not ready within 6 s"),
+        ("never", "GET /v1/models answered 503"),
+        ("garbage", "without a model list"),
+    ],
+)
+def test_a_container_that_does_not_serve_is_told_and_gone(
+    how: str, told: str, bad_server: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    done = coldstart(
+        "bench", bad_server, "--runs", "1", "--env", f"HOW={how}", "--timeout", "6", "--json", str(path)
+    )
+    assert done.code == 6, done.out + done.err
+    (run,) = BenchResult.model_validate_json(path.read_text()).runs
+    assert not run.ok
+    assert told in run.error
+    assert how != "dies" or "no such device" in run.log_tail
+    assert docker.from_env().containers.list(all=True, filters={"ancestor": bad_server}) == []
 
 
 def test_the_page_cache_of_an_image_is_found_and_controlled(tiny: str, engine: DockerEngine) -> None:
