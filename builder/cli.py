@@ -595,6 +595,12 @@ def bench_bake(
         if row.measured is not None:
             checked = f"{row.predicted:.1f} s predicted, {row.measured:.1f} s measured, {row.error:+.1%}"
         typer.echo(f"  error of the model ({row.way}): {checked}")
+    baked = [row for row in rows if row.way == "bake"]
+    for row in baked[1:]:
+        saved = ", ".join(
+            f"{way} {bake.quantizing_saves(baked[0].model, row.model, way, node):+.1f} s" for way in bake.WAYS
+        )
+        typer.echo(f"{row.image} instead of {baked[0].image} saves: {saved}")
 
 
 @bench_app.command("history")

@@ -224,6 +224,33 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
         CliRunner().invoke(app, [*command, "--hub", "0"], catch_exceptions=False)
 
 
+def test_what_smaller_weights_save_is_told_for_each_way(tmp_path: Path) -> None:
+    first = first_pull()
+    less = MeasuredPhase(Phase.IMAGE_PULL, 1000, 1004, "engine", 1, resources=Resources(net_bytes=400 * MB))
+    small = first.model_copy(
+        update={"image": "small", "order": 1, "phases": (less,), "total_seconds": 4.0 + 13.0}
+    )
+    file = tmp_path / "r.json"
+    file.write_text(result_of(first, small).model_dump_json())
+    command = [
+        "bench",
+        "bake",
+        str(file),
+        "--weights",
+        "1000",
+        "--weights",
+        "500",
+        "--hub",
+        "50",
+        "--mount",
+        "100",
+    ]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    # Of 400 MB less to pull and unpack, and 500 MB less to download or read.
+    assert "small instead of a saves: bake +6.0 s, download +10.0 s, mount +5.0 s" in shown.output
+
+
 def test_a_result_without_pulls_is_told(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     file.write_text(result_of(pulled()).model_dump_json())
