@@ -44,6 +44,21 @@ def test_a_file_of_another_version_is_refused(version: object) -> None:
         BenchResult.model_validate(data)
 
 
+def _committed() -> list[Path]:
+    """Results of bench since it reads the log of images that are not ours."""
+    found = [(path, json.loads(path.read_text())) for path in sorted(ROOT.glob("benchmarks/results/*.json"))]
+    return [path for path, data in found if isinstance(data, dict) and data.get("schema_version", 1) > 1]
+
+
+@pytest.mark.parametrize("path", _committed(), ids=lambda path: path.stem)
+def test_at_most_5_percent_of_the_committed_starts_are_unattributed(path: Path) -> None:
+    for run in read_result(path).runs:
+        assert run.ok, run.error
+        assert run.total_seconds is not None
+        assert run.unattributed_seconds is not None
+        assert run.unattributed_seconds <= 0.05 * run.total_seconds, (run.image, run.index)
+
+
 def test_resources_of_a_phase_are_optional_and_kept() -> None:
     plain = MeasuredPhase(Phase.READY, 1.0, 1.0, "client", 7)
     used = MeasuredPhase(Phase.FIRST_TOKEN, 1.0, 2.0, "client", 7, resources=Resources(cpu_seconds=0.5))
