@@ -14,7 +14,7 @@ $(VENV)/.made: pyproject.toml
 test: test-unit test-browser test-image
 
 test-unit: $(VENV)/.made
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 4 --dist worksteal tests/unit
 
 test-browser: $(VENV)/.made
 	tests/testbed/browser.sh $(BIN)/python -m pytest tests/browser

@@ -2,22 +2,26 @@
 
 A model of a start, from a few rates. Rates are bytes per second, sizes bytes, times seconds.
 
-    t = (what the node lacks of the image) * (1 / registry + 1 / unpack) + weights / (hub or disk) + rest
+    bake      t = pulled * (1 / registry + 1 / unpack) + rest
+    download  the same, without the weights, + what of weights / hub the imports do not hide
+    mount     the same, without the weights, + weights / mount
 
 What was just pulled or downloaded is still in the page cache when it is read, and costs nothing more: true
-while the weights fit into memory.
+while the weights fit into memory. A download goes on while vLLM is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
-from benchmarks.schema import BenchResult, Run
+from benchmarks.schema import BenchResult, Run, Way
 from runtime.phases import Phase
 
-Way = Literal["bake", "download", "mount"]
+WAYS: tuple[Way, ...] = ("bake", "download", "mount")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +43,15 @@ class Node:
 class Model:
     """weights: bytes on disk; packed: bytes in the registry; base: compressed bytes of all other layers.
 
-    rest: seconds of the start that are neither transfer nor reading of weights.
+    rest: seconds of the start that are neither transfer nor reading from a cold disk; imports: those of them
+    that a download runs beside.
     """
 
     weights: int
     packed: int
     base: int
     rest: float
+    imports: float = 0.0
 
 
 def seconds(way: Way, model: Model, node: Node) -> float:
@@ -55,24 +61,23 @@ def seconds(way: Way, model: Model, node: Node) -> float:
         pulled += model.packed
     total = pulled / node.registry + pulled / node.unpack + model.rest
     if way == "download":
-        return total + model.weights / node.hub
+        return total + max(0.0, model.weights / node.hub - model.imports)
     if way == "mount":
         return total + model.weights / (node.mount or node.disk)
     return total + (model.weights / node.disk if node.has == "image" else 0.0)
 
 
 def best(model: Model, node: Node) -> tuple[Way, float]:
-    ways: tuple[Way, ...] = ("bake", "download", "mount")
-    return min(((way, seconds(way, model, node)) for way in ways), key=lambda pair: pair[1])
+    return min(((way, seconds(way, model, node)) for way in WAYS), key=lambda pair: pair[1])
 
 
 def crossing(model: Model, node: Node) -> float | None:
     """The registry's rate from which baking is sooner than downloading; None where it never is.
 
     For a node that lacks the weights:
-        packed / rate + packed / unpack = weights / hub
+        packed / rate + packed / unpack = weights / hub - imports
     """
-    spare = model.weights / node.hub - model.packed / node.unpack
+    spare = model.weights / node.hub - model.imports - model.packed / node.unpack
     return model.packed / spare if spare > 0 else None
 
 
@@ -115,55 +120,92 @@ def _alone(run: Run) -> tuple[float, float]:
     return pull, max(0.0, max(ends) - run.created_at - pull) if ends else 0.0
 
 
-def error(predicted: float, runs: Iterable[Run]) -> float:
-    """Of the prediction, as a share of the median of measured runs; ValueError without one."""
-    totals = sorted(run.total_seconds for run in runs if run.total_seconds is not None)
-    if not totals:
-        raise ValueError("no run was measured")
-    middle = totals[len(totals) // 2]
-    return (predicted - middle) / middle
-
-
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the model says of one image; error: of its prediction for the pulled image, None if unchecked."""
+    """What the model says of one image, with its own way of weights first predicted and then measured.
+
+    way: its own; measured: the median of the runs that check the prediction, None where there is none.
+    """
 
     image: str
     model: Model
+    way: Way
+    predicted: float
+    measured: float | None
     best: Way
     seconds: dict[Way, float]
     crossing: float | None
-    error: float | None
+
+    @property
+    def error(self) -> float | None:
+        return None if self.measured is None else (self.predicted - self.measured) / self.measured
 
 
-def rows(result: BenchResult, weights: Sequence[int], given: dict[str, float]) -> tuple[Node, list[Row]]:
-    """One row an image. The first image's first pull gives the rates, and all other pulled runs check them.
+def rows(
+    result: BenchResult,
+    given: Mapping[str, float],
+    check: BenchResult | None = None,
+    weights: Sequence[int] = (),
+) -> tuple[Node, list[Row]]:
+    """One row an image. The first baked image's first pull gives rates and the rest of the start, and the
+    first run of an image that downloads or mounts its weights that way's rate; `given` rates replace those.
+    Runs that gave nothing check it: of `check`, measured at the rates given, else of `result`.
 
-    weights: bytes of each image's weights, in the order of the images; given: rates of Node that replace the
-    measured ones. ValueError where an image has no successful run with a pull.
+    weights: bytes of each image's weights, where the images do not say it. Raises ValueError.
     """
-    if len(weights) != len(result.images):
-        raise ValueError(f"{len(result.images)} images have {len(weights)} sizes of weights")
-    pulled = [
-        [run for run in result.measured(image.reference) if run.state.pulled] for image in result.images
-    ]
-    if not all(pulled):
+    sizes = dict(zip((image.reference for image in result.images), weights, strict=False)) or {
+        image.reference: image.weight_bytes or 0 for image in result.images
+    }
+    if set(sizes) != {image.reference for image in result.images} or not all(sizes.values()):
+        raise ValueError("the size of an image's weights is not known: give --weights for each")
+    ways: dict[str, Way] = {image.reference: image.weights or "bake" for image in result.images}
+    runs = {name: [run for run in result.measured(name) if run.state.pulled] for name in ways}
+    if not all(runs.values()):
         raise ValueError("an image has no run with a pull: measure with --pull")
-    measured = rates_of(pulled[0][0], weights[0])
-    node = replace(measured, **given)  # type: ignore[arg-type]
+    baked = next((name for name, way in ways.items() if way == "bake"), None)
+    if baked is None:
+        raise ValueError("no image has its weights baked: measure one with the others")
+    whole = runs[baked][0]
+    node = replace(_with_own_rates(rates_of(whole, sizes[baked]), whole, ways, runs, sizes), **given)  # type: ignore[arg-type]
     found = []
-    for image, runs, size in zip(result.images, pulled, weights, strict=True):
-        model = Model(size, fetched_by(runs[0]), 0, rest_of(runs[0]))
-        others = runs[1:] or (runs if runs is not pulled[0] else [])
-        ways: tuple[Way, ...] = ("bake", "download", "mount")
+    for name, way in ways.items():
+        # Images whose weights are elsewhere pull the rest alone; what they would pull baked is the first's.
+        source = runs[name][0] if way == "bake" else whole
+        model = Model(
+            sizes[name], fetched_by(source), 0, rest_of(source), source.seconds_in(Phase.ENGINE_IMPORT)
+        )
+        others = check.measured(name) if check else runs[name][1:]
+        predicted = seconds(way, model, node)
+        if way != "bake":  # it does pull something
+            predicted += fetched_by(runs[name][0]) * (1 / node.registry + 1 / node.unpack)
         found.append(
             Row(
-                image.reference,
+                name,
                 model,
+                way,
+                predicted,
+                median(run.total_seconds or 0.0 for run in others) if others else None,
                 best(model, node)[0],
-                {way: seconds(way, model, node) for way in ways},
+                {each: seconds(each, model, node) for each in WAYS},
                 crossing(model, node),
-                error(seconds("bake", model, measured), others) if others else None,
             )
         )
     return node, found
+
+
+def _with_own_rates(
+    node: Node,
+    whole: Run,
+    ways: Mapping[str, Way],
+    runs: Mapping[str, Sequence[Run]],
+    sizes: Mapping[str, int],
+) -> Node:
+    """With the hub's rate where an image downloaded, and a mount's where one read from it."""
+    for name, way in ways.items():
+        first = runs[name][0]
+        if way == "download" and (took := first.seconds_in(Phase.MODEL_DOWNLOAD)):
+            node = replace(node, hub=sizes[name] / took)
+        elif way == "mount":
+            longer = first.seconds_in(Phase.WEIGHT_LOAD) - whole.seconds_in(Phase.WEIGHT_LOAD)
+            node = replace(node, mount=sizes[name] / longer if longer > 0 else math.inf)
+    return node

@@ -47,8 +47,17 @@ class _Chunk(BaseModel):
     choices: tuple[_Choice, ...]
 
 
-def complete(port: int, model: str, workload: Workload, deadline: float) -> tuple[float, str]:
-    """Streams one completion: when its first token arrived (seconds since the Unix epoch), and its text."""
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """first_token_at: in epoch seconds; first_token_monotonic: the same moment by time.monotonic()."""
+
+    first_token_at: float
+    first_token_monotonic: float
+    text: str
+
+
+def complete(port: int, model: str, workload: Workload, deadline: float) -> Completion:
+    """Streams one greedy completion to its end."""
     payload = _CompletionRequest(model=model, **workload.model_dump()).model_dump_json().encode()
     try:
         with _exchange(port, "POST", "/v1/completions", deadline, payload) as (status, blocks):
@@ -68,14 +77,14 @@ class _CompletionRequest(Workload):
     stream: Literal[True] = True
 
 
-def _read_tokens(blocks: Iterator[bytes]) -> tuple[float, str]:
+def _read_tokens(blocks: Iterator[bytes]) -> Completion:
     """ValueError for anything but server-sent completion chunks, ConnectionError when [DONE] is missing."""
     first, texts = None, []
     for at, data in _event_data(blocks):
         if data == b"[DONE]":
             if first is None:
                 raise ValueError("the stream ended without a token")
-            return first, "".join(texts)
+            return Completion(*first, "".join(texts))
         try:
             choices = _Chunk.model_validate_json(data).choices
         except ValueError:
@@ -87,11 +96,11 @@ def _read_tokens(blocks: Iterator[bytes]) -> tuple[float, str]:
     raise ConnectionError("the stream ended early, without [DONE]")
 
 
-def _event_data(blocks: Iterator[bytes]) -> Iterator[tuple[float, bytes]]:
-    """(arrival, payload) of each `data:` line. OpenAI servers put a payload on one line."""
+def _event_data(blocks: Iterator[bytes]) -> Iterator[tuple[tuple[float, float], bytes]]:
+    """(arrival by both clocks, payload) of each `data:` line. OpenAI servers put a payload on one line."""
     rest = b""
     for block in blocks:
-        at = now()
+        at = now(), time.monotonic()
         *lines, rest = (rest + block).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):

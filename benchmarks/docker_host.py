@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import ImageFacts
 from builder.docker_engine import Container, DockerEngine
+from builder.errors import InputError
+from builder.verify import read_manifest
+
+_OURS = "dev.coldstart.version"
+_LIST_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,35 @@ class DockerHost:
 
     def image_facts(self, image: str) -> ImageFacts:
         info = self._engine.require_image(image)
-        return ImageFacts(reference=image, id=info.id, size=info.size, labels=dict(info.labels))
+        facts = ImageFacts(reference=image, id=info.id, size=info.size, labels=dict(info.labels))
+        if _OURS not in info.labels:
+            return facts
+        manifest = read_manifest(self._engine, image)
+        model = manifest["model"]
+        return replace(
+            facts,
+            weights=manifest.get("weights", "bake"),
+            weight_bytes=sum(f["size"] for f in model["files"] if f["path"].endswith(".safetensors")),
+            model_path=model["path"],
+        )
+
+    def switches(self, image: str) -> tuple[str, ...]:
+        """The optimisations that the image's runtime can be started without. Raises InputError."""
+        container = self._engine.start(image, arguments=["switches"], network="none", publish=False)
+        try:
+            code, output = container.wait(_LIST_SECONDS), container.logs()
+        finally:
+            container.remove()
+        try:
+            if code == 0:
+                return tuple(str(entry["name"]) for entry in json.loads(output))
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise InputError(
+            f"{image} does not say which optimisations it has",
+            why=f"`docker run {image} switches` ended with code {code}: {output.strip()[-200:]!r}.",
+            fix="Build it with this version of Coldstart.",
+        )
 
     def start(self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]) -> Container:
         on_gpu = self._engine.require_image(image).labels.get("dev.coldstart.device") == "cuda"

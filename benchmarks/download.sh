@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
-RUNS=${RUNS:-5}
+RUNS=${RUNS:-3}
 BAKED=coldstart-bench/smollm2:stock-baked
 DOWNLOAD=coldstart-bench/smollm2:stock-download
 OURS=coldstart-bench/smollm2:bf16

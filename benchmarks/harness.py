@@ -56,7 +56,12 @@ _REQUEST_SECONDS = 5.0
 _EXIT_NOTICE_SECONDS = 1.0
 _PULL_PATIENCE_SECONDS = 60.0
 _LOG_LINES = 40
+_CLOCK_SHARE = 0.02
 
+# Of the runtime: nobody else sends requests, for whom it would go on serving after SIGTERM.
+_DRAIN_VARIABLE = "COLDSTART_DRAIN_DELAY"
+# The optimisations that a start goes without.
+_OFF_VARIABLE = "COLDSTART_OFF"
 # Where a controlled compile cache is mounted, and what makes vLLM and Inductor use it.
 _CACHE_FOLDER = "/coldstart-compile-cache"
 _CACHE_VARIABLES = {
@@ -128,7 +133,8 @@ class ContainerHost(Protocol):
     ) -> RunningContainer:
         """Creates and starts a container of image id `image`, its serving port on 127.0.0.1 at a free port.
 
-        volumes: name -> folder inside. Leaves nothing behind when it fails, or is interrupted, before it
+        volumes: name -> folder inside; a name that is an absolute path is a folder of the engine's machine,
+        mounted read-only. Leaves nothing behind when it fails, or is interrupted, before it
         returns.
         """
 
@@ -155,13 +161,14 @@ class Conditions:
     page_cache: the image's files, cold or warm, verified page by page. compile_cache: cold is a new, empty
     vLLM cache for each run; warm is one that a start which does not count has filled, one for each image.
     pull: the image is removed, and pulled from its registry within the run. sample: read what the container
-    uses, 20 times a second.
+    uses, 20 times a second. mount: the folder of the weights, for images that mount them.
     """
 
     page_cache: Cache = "as_is"
     compile_cache: Cache = "as_is"
     pull: bool = False
     sample: bool = True
+    mount: Path | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -208,6 +215,7 @@ def run_benchmark(
     stop_timeout: int = 40,
     workload: Workload | None = None,
     conditions: Conditions | None = None,
+    ablate: Sequence[str] = (),
     engine_version: str | None = None,
 ) -> BenchResult:
     """Starts each image `runs` times, in turn, and measures from the create call to the first token.
@@ -215,6 +223,7 @@ def run_benchmark(
     A run that fails is kept as failed and the benchmark goes on; `save` gets all runs so far after each one.
     max_runs: of each image, where `enough`, asked after each round from `runs` on, does not end it before;
     until: what `enough` waits for, for the record.
+    ablate: optimisations; the image, then the only one, is also started without each, and without them all.
     timeout: seconds that a run may take to its complete answer; stop_timeout: seconds from SIGTERM to
     SIGKILL; engine_version: Docker Engine's, for the record. Raises InputError for arguments that measure
     nothing, HostError for conditions that cannot be made here, and what `host` and `save` raise. Containers
@@ -224,6 +233,10 @@ def run_benchmark(
     _check(images, runs, max_runs, timeout, wanted)
     facts = [host.image_facts(image) for image in images]
     _check_distinct(facts)
+    if ablate:
+        (image,) = facts
+        facts += [image.without(name) for name in ablate]
+        facts += [image.without(*ablate, name="all of them")] if len(ablate) > 1 else []
     digests = _check_conditions(host, facts, wanted)
     result = BenchResult(
         created=datetime.now(UTC),
@@ -317,6 +330,11 @@ def _check_conditions(
     if conditions.page_cache != "as_is":
         for image in facts:
             page_cache.check(host.image_folders(image.id))
+    for image in facts:
+        if image.weights == "mount" and conditions.mount is None:
+            raise InputError(
+                f"{image.reference} has no weights in it", fix="Give the folder of its model: --mount FOLDER."
+            )
     if not conditions.pull:
         return {}
     return {image.reference: host.registry_digest(image.reference) for image in facts}
@@ -340,9 +358,11 @@ class _Sample:
     """What a start has shown so far: filled in order, so that a failure keeps what came before it."""
 
     began: float
+    began_monotonic: float = field(default_factory=time.monotonic)
     created_at: float | None = None
     ready_at: float | None = None
     first_token_at: float | None = None
+    wall_seconds: float | None = None
     answer: str = ""
     pull: tuple[MeasuredPhase, ...] = ()
     report: Report | None = None
@@ -361,6 +381,7 @@ class _Sample:
         if self.first_token_at is not None and not self.error:
             total = self.first_token_at - self.began
             unattributed = max(0.0, total - covered_seconds(events, self.began, self.first_token_at))
+            self._compare_clocks(total)
         return Run(
             image=slot.facts.reference,
             index=slot.index,
@@ -371,6 +392,7 @@ class _Sample:
             ready_seconds=None if self.ready_at is None else self.ready_at - self.began,
             total_seconds=total,
             unattributed_seconds=unattributed,
+            wall_seconds=self.wall_seconds,
             phases=tuple(sorted(events, key=lambda event: (event.start, event.end))),
             phases_from="client" if self.report is None else self.report.source,
             adapter=self.adapter,
@@ -382,6 +404,14 @@ class _Sample:
             warnings=tuple(self.warnings),
             log_tail=self.log_tail,
         )
+
+    def _compare_clocks(self, total: float) -> None:
+        """Phases are told by the machine's clock, which somebody may set while a start is measured."""
+        if self.wall_seconds is not None and abs(total - self.wall_seconds) > _CLOCK_SHARE * total:
+            self.warnings.append(
+                f"this machine's clock was set during the run, {total:.2f} s by it and "
+                f"{self.wall_seconds:.2f} s by a stopwatch: measure again"
+            )
 
     def _client_events(self) -> Iterator[MeasuredPhase]:
         if self.report is not None and self.report.started is not None and self.created_at is not None:
@@ -436,8 +466,10 @@ class _Bench:
         if state != "as_is":
             task.detail(f"making the page cache {state} for {image.reference}")
             folders = [*self.host.image_folders(image.id), *(volume.folder for volume in volumes)]
+            folders += [self.conditions.mount] if self.conditions.mount and image.weights == "mount" else []
             page_cache.bring(folders, state)
-        sample.began, deadline = now(), time.monotonic() + self.timeout
+        sample.began, sample.began_monotonic = now(), time.monotonic()
+        deadline = sample.began_monotonic + self.timeout
         if self.conditions.pull:
             self._pull(image, sample, deadline, task)
         task.detail(f"starting {image.reference}")
@@ -446,8 +478,15 @@ class _Bench:
     def _start(
         self, image: ImageFacts, volumes: Sequence[Volume], sample: _Sample, deadline: float, task: Task
     ) -> None:
-        environment = {**(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
+        ours = {_DRAIN_VARIABLE: "0"} if image.weights else {}
+        environment = {**ours, **(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
+        if image.off:
+            environment[_OFF_VARIABLE] = ",".join(image.off)
         mounts = {volume.name: _CACHE_FOLDER for volume in volumes}
+        if image.weights == "mount" and image.model_path:
+            mounts[str(self.conditions.mount)] = image.model_path
+        if not self.conditions.pull:
+            sample.began_monotonic = time.monotonic()
         container = self.host.start(image.id, environment=environment, volumes=mounts)
         sample.created_at = container.created_at
         if not self.conditions.pull:
@@ -508,7 +547,7 @@ class _Bench:
         task.detail(f"pulling {digest}")
         self.host.remove_image(digest)
         self.host.remove_image(image.reference)
-        sample.began = now()
+        sample.began, sample.began_monotonic = now(), time.monotonic()
         pull = Pull(sample.began)
         done = False
         try:
@@ -542,7 +581,9 @@ class _Bench:
         try:
             port = container.host_port()
             model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task, self.watcher)
-            sample.first_token_at, sample.answer = client.complete(port, model, self.workload, deadline)
+            done = client.complete(port, model, self.workload, deadline)
+            sample.first_token_at, sample.answer = done.first_token_at, done.text
+            sample.wall_seconds = done.first_token_monotonic - sample.began_monotonic
         except ColdstartError as error:
             _fail(container, sample, error)
         if sample.sampler is not None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.layout import ticks
-from benchmarks.schema import BenchResult, Machine, Workload, read_result
+from benchmarks.schema import BenchResult, ImageFacts, Machine, Workload, read_result
 from benchmarks.stats import Estimate, Verdict, judge, median_with_interval, ratio_of_medians
 from benchmarks.summary import describe, totals
 from benchmarks.svg import HISTORY_HEIGHT, SERIES, WIDTH, Canvas
@@ -85,12 +85,12 @@ def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED)
     crowded = {
         repository
         for _, result in results
-        for repository, count in Counter(_split(image.reference)[0] for image in result.images).items()
+        for repository, count in Counter(_split(image.reference)[0] for image in _whole(result)).items()
         if count > 1
     }
     points: dict[str, list[Point]] = {}
     for source, result in results:
-        for image in result.images:
+        for image in _whole(result):
             repository, tag = _split(image.reference)
             samples = tuple(totals(result, image.reference))
             if not samples:
@@ -102,6 +102,11 @@ def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED)
             change = ratio_of_medians(samples, line[-1].samples) if comparable else None
             line.append(Point(label, result, source, samples, change, allowed))
     return [Series(name, tuple(line)) for name, line in points.items()]
+
+
+def _whole(result: BenchResult) -> list[ImageFacts]:
+    """Starts without some optimisations are no version of anything."""
+    return [image for image in result.images if not image.off]
 
 
 def _state(result: BenchResult, reference: str) -> str:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import ablation
 from benchmarks.page import page
 from benchmarks.report import markdown
 from benchmarks.schema import BenchResult, read_result
-from benchmarks.summary import baseline_lines, with_baseline
+from benchmarks.summary import baseline_lines, is_ablation, with_baseline
 from benchmarks.svg import check_png, png, waterfall_svg
 from builder.errors import InputError
 
@@ -40,7 +41,7 @@ class Outputs:
         if self.markdown:
             write_whole(self.markdown, markdown(result, notes).encode())
         if self.svg or self.png:
-            drawing = waterfall_svg(result)
+            drawing = ablation.svg(result) if is_ablation(result) else waterfall_svg(result)
             if self.svg:
                 write_whole(self.svg, drawing.encode())
             if self.png:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from benchmarks import ablation
 from benchmarks.layout import KINDS, Bar, Segment, Waterfall, ticks, waterfall
 from benchmarks.report import caption
 from benchmarks.schema import BenchResult, Run
@@ -14,6 +15,7 @@ from benchmarks.summary import (
     UNATTRIBUTED,
     compared,
     interval,
+    is_ablation,
     machine,
     median_run,
     note_lines,
@@ -52,8 +54,9 @@ class _Image:
 
 def page(result: BenchResult, notes: Sequence[str] = ()) -> str:
     """HTML text without any reference to another file. `notes`: what else is to be said of the result."""
-    images = [_image(result, reference, name) for reference, name in short_names(result).items()]
-    shown = [run.drawn.seconds for image in images for run in image.runs if run.shown]
+    shown = ablation.outline(result) if is_ablation(result) else result
+    images = [_image(shown, reference, name) for reference, name in short_names(shown).items()]
+    lengths = [run.drawn.seconds for image in images for run in image.runs if run.shown]
     most = max((run.drawn.seconds for image in images for run in image.runs), default=0.0)
     all_kinds = list(dict.fromkeys(KINDS.values()))
     seen = {KINDS[bar.phase] for image in images for run in image.runs for bar in _bars(run.drawn)}
@@ -62,13 +65,15 @@ def page(result: BenchResult, notes: Sequence[str] = ()) -> str:
         result=result,
         images=images,
         baseline=images[0].name,
-        scale=max(shown, default=0.0) or 1.0,
-        ticks=ticks(max(shown, default=0.0)),
+        ablation=ablation,
+        savings=ablation.page_rows(result) if is_ablation(result) else (),
+        scale=max(lengths, default=0.0) or 1.0,
+        ticks=ticks(max(lengths, default=0.0)),
         most=most or 1.0,
         kinds=[kind for kind in all_kinds if kind in seen],
         all_kinds=all_kinds,
-        rows=phase_rows(result),
-        caption=caption(result),
+        rows=phase_rows(shown),
+        caption=caption(shown),
         compared=compared(result),
         machine=machine(result),
         notes=[*notes, *note_lines(result)],

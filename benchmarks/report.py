@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks import ablation
 from benchmarks.layout import KINDS, waterfall
 from benchmarks.schema import BenchResult, Run
 from benchmarks.stats import Summary
@@ -17,6 +18,7 @@ from benchmarks.summary import (
     FIRST_TOKEN_TOTAL,
     UNATTRIBUTED,
     compared,
+    is_ablation,
     machine,
     median_run,
     phase_rows,
@@ -35,9 +37,14 @@ _NOTHING = "–"  # noqa: RUF001 - typography, in a cell of its own
 def comparison(result: BenchResult, notes: Sequence[str] = ()) -> RenderableType:
     """Everything that `coldstart bench` shows at the end. `notes`: what else is to be said of the result."""
     names = short_names(result)
-    parts: list[RenderableType] = [phase_table(result)]
+    parts: list[RenderableType] = []
+    shown = result
+    if is_ablation(result):
+        shown = ablation.outline(result)
+        parts += [ablation.table(result), *(Text(line) for line in ablation.sentences(result)), Text()]
+    parts.append(phase_table(shown))
     parts += [Text(line) for line in (*summary_lines(result), *notes)]
-    for image in result.images:
+    for image in shown.images:
         run = median_run(result, image.reference)
         if run is not None:
             parts += [Text(), draw(run, names[image.reference])]
@@ -101,15 +108,19 @@ def draw(run: Run, name: str) -> RenderableType:
 
 def markdown(result: BenchResult, notes: Sequence[str] = ()) -> str:
     """The phase table for a README, with machine, verdicts and ratios beneath."""
-    rows = phase_rows(result)
-    names = [f"`{image.reference}`" for image in result.images]
-    lines = ["| phase, seconds | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    above = []
+    if is_ablation(result):
+        above = [*ablation.markdown_lines(result), "", ablation.NOTE, ""]
+    shown = ablation.outline(result) if above else result
+    rows = phase_rows(shown)
+    names = [f"`{image.reference}`" for image in shown.images]
+    lines = [*above, "| phase, seconds | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
     for row in rows:
         cells = (_NOTHING if cell is None else " ".join(_cell(cell)).strip() for cell in row.cells)
         name = f"**{row.name}**" if row.name == FIRST_TOKEN_TOTAL else row.name
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"{caption(result)}. {compared(result)} {machine(result)}", ""]
-    lines += [f"- {line}" for line in (*verdict_lines(result), *notes)]
+    lines += [f"- {line}" for line in (*verdict_lines(shown), *notes)]
     return "\n".join([*lines, ""])
 
 

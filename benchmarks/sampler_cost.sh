@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What sampling costs: an image is started in pairs, once with the sampler on and once off.
-# usage: benchmarks/sampler_cost.sh IMAGE [RUNS]; on a quiet machine.
+# usage: [OUT=FILE.json] benchmarks/sampler_cost.sh IMAGE [RUNS]; on a quiet machine.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -18,19 +18,31 @@ for ((i = 0; i < runs; i++)); do
     coldstart bench "$image" --runs 1 "${flag[@]}" --json "$folder/$side-$i.json" >/dev/null
   done
 done
-python - "$folder" <<'EOF'
+python - "$folder" "${OUT:-}" <<'EOF'
 import json, sys
 from pathlib import Path
 from statistics import median
 
-def runs(side):
-    files = sorted(Path(sys.argv[1]).glob(f"{side}-*.json"))
-    return [json.loads(file.read_text())["runs"][0] for file in files]
+from benchmarks.stats import ratio_of_medians
 
-on, off = runs("on"), runs("off")
-differences = [a["total_seconds"] - b["total_seconds"] for a, b in zip(on, off)]
-middle = median(b["total_seconds"] for b in off)
-print(f"sampler's own CPU: median {median(a['sampler_cpu_seconds'] for a in on):.3f} s of a start of {middle:.2f} s")
-print(f"on minus off, {len(differences)} pairs: median {median(differences):+.3f} s, "
-      f"from {min(differences):+.3f} to {max(differences):+.3f} s")
+def results(side):
+    return [json.loads(file.read_text()) for file in sorted(Path(sys.argv[1]).glob(f"{side}-*.json"))]
+
+on, off = ([result["runs"][0] for result in results(side)] for side in ("on", "off"))
+pairs = [
+    {"on_seconds": a["total_seconds"], "off_seconds": b["total_seconds"], "sampler_cpu_seconds": a["sampler_cpu_seconds"]}
+    for a, b in zip(on, off)
+]
+differences = [pair["on_seconds"] - pair["off_seconds"] for pair in pairs]
+found = ratio_of_medians([pair["on_seconds"] for pair in pairs], [pair["off_seconds"] for pair in pairs])
+bounds = f" ({found.interval[0]:.2f} to {found.interval[1]:.2f})" if found.interval else ""
+print(f"sampler's own CPU: median {median(pair['sampler_cpu_seconds'] for pair in pairs):.3f} s "
+      f"of a start of {median(pair['off_seconds'] for pair in pairs):.2f} s")
+print(f"on minus off, {len(pairs)} pairs: median {median(differences):+.3f} s, "
+      f"from {min(differences):+.3f} to {max(differences):+.3f} s; ratio of medians {found.value:.3f}{bounds}")
+if sys.argv[2]:
+    report = {"kind": "sampler cost", "pairs": pairs, "difference_seconds": median(differences),
+              "ratio": found.value, "interval": found.interval}
+    report |= {key: results("on")[0][key] for key in ("created", "machine", "images")}
+    Path(sys.argv[2]).write_text(json.dumps(report, indent=1) + "\n")
 EOF

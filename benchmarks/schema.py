@@ -1,14 +1,14 @@
 """The result file of `coldstart bench`: strict and frozen, raw samples first, times in seconds.
 
 Moments are seconds since the Unix epoch, as in runtime.phases; durations end in `_seconds`, shares are of 1.
-Version 1 is still read: all that it lacks has a default that is true of it.
+Versions 1 and 2 are still read: all that they lack has a default that is true of them.
 `python -m benchmarks.schema` prints the JSON Schema that docs/bench-result.schema.json keeps.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
@@ -17,9 +17,12 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 from builder.errors import InputError
 from runtime.phases import Phase, PhaseEvent, covered_seconds
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 
 STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Way = Literal["bake", "download", "mount"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +30,23 @@ class ImageFacts:
     """What the container engine says about an image.
 
     reference: as the user named it; id: the engine's content id ("sha256:..."), by which it is also started,
-    so that a tag that moves during the benchmark changes nothing; size: bytes on disk.
+    so that a tag that moves during the benchmark changes nothing; size: bytes on disk. Of images of ours,
+    weights: where they are from, weight_bytes: on disk, model_path: their folder in the container. off:
+    optimisations of the runtime that these starts go without; reference then says so too.
     """
 
     reference: str
     id: str
     size: int
     labels: dict[str, str] = field(default_factory=dict)
+    weights: Way | None = None
+    weight_bytes: int | None = None
+    model_path: str | None = None
+    off: tuple[str, ...] = ()
+
+    def without(self, *off: str, name: str = "") -> ImageFacts:
+        """The same image, started without these optimisations. name: of them together."""
+        return replace(self, reference=f"{self.reference} without {name or ', '.join(off)}", off=off)
 
 
 class Machine(BaseModel):
@@ -97,7 +110,8 @@ class Run(BaseModel):
     order: position in the whole benchmark; index: how many runs of the same image came before; from 0.
     created_at: just before the container was created, or before the pull where there was one. ready_seconds,
     total_seconds: from there to the client's first 200 of /v1/models, and to the first streamed token.
-    unattributed_seconds: the part of the total that no phase covers. phases_from: "runtime" where the image
+    unattributed_seconds: the part of the total that no phase covers. wall_seconds: the total by a stopwatch,
+    which is right even where the machine's clock is set meanwhile. phases_from: "runtime" where the image
     reported its phases at /startup, "log" where its log tells them, "client" where only what the client sees
     is known; adapter: what understood the image's report, such as "coldstart" or "vllm_log".
     sampler_cpu_seconds: what sampling resources itself cost. exit_code, stop_seconds: of SIGTERM at the end;
@@ -115,6 +129,7 @@ class Run(BaseModel):
     ready_seconds: float | None = None
     total_seconds: float | None = None
     unattributed_seconds: float | None = None
+    wall_seconds: float | None = None
     state: State = State()
     phases: tuple[MeasuredPhase, ...] = ()
     phases_from: Literal["runtime", "log", "client"] = "client"
@@ -156,7 +171,7 @@ class BenchResult(BaseModel):
 
     model_config = STRICT
 
-    schema_version: Literal[2] = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
     created: AwareDatetime
     machine: Machine
     workload: Workload
@@ -169,7 +184,7 @@ class BenchResult(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _upgrade(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("schema_version") == 1:
+        if isinstance(data, dict) and data.get("schema_version") in (1, 2):
             data = {key: value for key, value in data.items() if key != "page_cache"}
             data["schema_version"] = SCHEMA_VERSION
         return data

@@ -57,6 +57,11 @@ class Row:
     cells: tuple[Summary | None, ...]
 
 
+def is_ablation(result: BenchResult) -> bool:
+    """Whether it is one image, started with all optimisations and without some: see benchmarks.ablation."""
+    return any(image.off for image in result.images)
+
+
 def short_names(result: BenchResult) -> dict[str, str]:
     """Reference -> name without registry and path, or the whole reference where that would be ambiguous."""
     references = [image.reference for image in result.images]
@@ -91,7 +96,7 @@ def verdict_lines(result: BenchResult) -> list[str]:
         for reference, name in short_names(result).items()
         if (run := median_run(result, reference))
     ]
-    return [*verdicts, *_ratio_lines(result)]
+    return verdicts if is_ablation(result) else [*verdicts, *_ratio_lines(result)]
 
 
 def note_lines(result: BenchResult) -> list[str]:
@@ -224,8 +229,12 @@ def _with_known_phases(runs: Sequence[Run]) -> Sequence[Run]:
 def compared(result: BenchResult) -> str:
     """What was started how often, in one sentence."""
     several = len(result.images) > 1
-    names = " and ".join(image.reference for image in result.images)
     counts = [len(result.runs_of(image.reference)) for image in result.images]
+    first, *others = (image.reference for image in result.images)
+    names = " and ".join((first, *others))
+    if is_ablation(result):
+        names = f"{first} with all optimisations, and in {len(others)} ways without some"
+        counts = sorted(set(counts))
     often = _times(counts[0]) if len(set(counts)) == 1 else f"{' and '.join(map(str, counts))} times"
     started = f"{'each started' if several and len(set(counts)) == 1 else 'started'} {often}"
     one_benchmark = len({run.order for run in result.runs}) == len(result.runs)

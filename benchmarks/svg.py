@@ -15,7 +15,7 @@ WIDTH = 1000
 HISTORY_HEIGHT = 420
 _LEFT = 132  # of the first bar: process names stand before it
 _RIGHT = 24
-_MARGIN = 20
+MARGIN = 20
 _NAME = 17  # characters of a process that fit
 _ROW = 20
 _BAR = 16
@@ -149,18 +149,18 @@ def waterfall_svg(result: BenchResult) -> str:
     for name, one in drawn:
         y = _one(canvas, name, one, colors, scale, y + 18)
     y = _axis(canvas, max(one.seconds for _, one in drawn), scale, y + 6)
-    for line in _wrapped(compared(result), 11):
+    for line in wrapped(compared(result), 11):
         y += 16
-        canvas.text(_MARGIN, y, line, size=11, color="muted")
-    return canvas.finish(y + _MARGIN)
+        canvas.text(MARGIN, y, line, size=11, color="muted")
+    return canvas.finish(y + MARGIN)
 
 
 def _legend(canvas: Canvas, entries: list[tuple[str, str]], y: float) -> float:
-    x: float = _MARGIN
+    x: float = MARGIN
     for name, color in [*entries, (UNATTRIBUTED, "hatch"), ("pale: not on the critical path", "muted")]:
         width = 16 + len(name) * 12 * _CHARACTER + 14
-        if x + width > WIDTH - _MARGIN:
-            x, y = _MARGIN, y + 20
+        if x + width > WIDTH - MARGIN:
+            x, y = MARGIN, y + 20
         canvas.rect(x, y - 10, 11, 11, color, pale=color == "muted")
         canvas.text(x + 16, y, name)
         x += width
@@ -171,11 +171,11 @@ def _one(
     canvas: Canvas, name: str, drawn: Waterfall, colors: dict[Kind, str], scale: float, y: float
 ) -> float:
     y += 14
-    canvas.text(_MARGIN, y, f"{name}: {drawn.seconds:.2f} s", size=15, bold=True)
+    canvas.text(MARGIN, y, f"{name}: {drawn.seconds:.2f} s", size=15, bold=True)
     y += 17
-    canvas.text(_MARGIN, y, verdict(drawn.run), color="muted")
+    canvas.text(MARGIN, y, verdict(drawn.run), color="muted")
     y += 10
-    canvas.text(_MARGIN, y + 12.5, "critical path", size=11.5, bold=True)
+    canvas.text(MARGIN, y + 12.5, "critical path", size=11.5, bold=True)
     for part in drawn.path:
         x, width = _LEFT + part.start * scale, part.seconds * scale
         if width < 0.5:
@@ -186,8 +186,8 @@ def _one(
         _label(canvas, x, y, width, label, part.seconds, "ink" if part.bar else "fg")
     y += _ROW
     for lane in drawn.lanes:
-        canvas.line([(_MARGIN, y - 2), (WIDTH - _RIGHT, y - 2)], "line")
-        canvas.text(_MARGIN, y + 12.5, lane.process[:_NAME], size=11.5)
+        canvas.line([(MARGIN, y - 2), (WIDTH - _RIGHT, y - 2)], "line")
+        canvas.text(MARGIN, y + 12.5, lane.process[:_NAME], size=11.5)
         for bar in lane.bars:
             x, top = _LEFT + bar.start * scale, y + bar.row * _ROW
             width, critical = max(bar.seconds * scale, 1.0), bar in drawn.critical
@@ -216,8 +216,8 @@ def _axis(canvas: Canvas, seconds: float, scale: float, y: float) -> float:
     return y + 20
 
 
-def _wrapped(text: str, size: float) -> list[str]:
-    return textwrap.wrap(text, int((WIDTH - 2 * _MARGIN) / (size * _CHARACTER)))
+def wrapped(text: str, size: float) -> list[str]:
+    return textwrap.wrap(text, int((WIDTH - 2 * MARGIN) / (size * _CHARACTER)))
 
 
 def check_png() -> None:

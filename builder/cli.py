@@ -348,6 +348,13 @@ PngFile = Annotated[
     Path | None, typer.Option("--png", help="Write the drawing to this file; needs coldstart[png].")
 ]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a README.")]
+Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")]
+Mount = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, exists=True, help="The model's folder, for images built with --weights mount."
+    ),
+]
 Baseline = Annotated[
     str | None, typer.Option(help="Compare with this image, or with a file that --json wrote.")
 ]
@@ -388,33 +395,24 @@ def bench(
     ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
     no_sampler: Annotated[bool, typer.Option("--no-sampler", help="Do not sample resources.")] = False,
-    env: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")
-    ] = None,
+    mount: Mount = None,
+    env: Env = None,
 ) -> None:
     """Start images in turn and time every phase, to the first token.
 
     Also: `coldstart bench report FILE` shows a file that --json wrote; `coldstart bench history FOLDER` shows
     several over time.
     """
-    from rich.console import Console
-
-    from benchmarks.docker_host import DockerHost
-    from benchmarks.harness import Conditions, run_benchmark
-    from benchmarks.live import LiveView
-    from benchmarks.outputs import Outputs, check_folder, file_baseline, write_whole
+    from benchmarks.harness import Conditions
+    from benchmarks.outputs import Outputs, file_baseline
     from benchmarks.stats import precise_enough
     from benchmarks.summary import estimates
     from builder import build as pipeline
-    from builder.docker_engine import DockerEngine
 
     chosen = images or [tag for tag in (pipeline.last_built(),) if tag]
     if not chosen:
         raise InputError("no image given, and none was built here yet", fix="Name an image.")
     outputs = Outputs(html, svg, png, markdown)
-    outputs.check()
-    if json_file:
-        check_folder(json_file)
     earlier = file_baseline(Path(baseline), chosen) if baseline and Path(baseline).is_file() else None
     if baseline and not earlier:
         chosen = [baseline, *(image for image in chosen if image != baseline)]
@@ -425,8 +423,103 @@ def bench(
         compile_cache=_cache_state("--compile-cache", compile_cache),
         pull=pull,
         sample=not no_sampler,
+        mount=mount.absolute() if mount else None,
         environment=_environment(env or ()),
     )
+
+    def enough(result: BenchResult) -> bool:
+        shown = earlier.put_first(result) if earlier else result
+        return until is not None and precise_enough(estimates(shown), until)
+
+    result = _measure(
+        chosen,
+        runs,
+        json_file=json_file,
+        outputs=outputs,
+        until=until,
+        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
+        enough=enough,
+        timeout=timeout,
+        conditions=conditions,
+    )
+    _show_result(result, earlier, max_regression, outputs)
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
+    _fail_if_worse(result, earlier, max_regression)
+
+
+@bench_app.command("ablate")
+def bench_ablate(
+    image: Annotated[
+        str | None, typer.Argument(help="An image that coldstart built; default: the last.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Leave out this optimisation; may be repeated [each].")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Starts in each way.")] = 6,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+    html: HtmlFile = None,
+    svg: SvgFile = None,
+    png: PngFile = None,
+    markdown: MarkdownFile = None,
+    page_cache: CacheState = "as_is",
+    timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
+    mount: Mount = None,
+    env: Env = None,
+) -> None:
+    """What each optimisation saves: start an image in turn with all of them and without each.
+
+    The image itself tells which it has: `docker run IMAGE switches`.
+    """
+    from benchmarks.docker_host import DockerHost
+    from benchmarks.harness import Conditions
+    from benchmarks.outputs import Outputs
+    from builder import build as pipeline
+    from builder.docker_engine import DockerEngine
+
+    chosen = image or pipeline.last_built()
+    if not chosen:
+        raise InputError("no image given, and none was built here yet", fix="Name an image.")
+    switches = DockerHost(DockerEngine()).switches(chosen)
+    for name in only or ():
+        if name not in switches:
+            raise InputError(f"{chosen} has no optimisation {name}", fix=f"It has {', '.join(switches)}.")
+    outputs = Outputs(html, svg, png, markdown)
+    conditions = Conditions(
+        page_cache=_cache_state("--page-cache", page_cache),
+        mount=mount.absolute() if mount else None,
+        environment=_environment(env or ()),
+    )
+    result = _measure(
+        [chosen],
+        runs,
+        json_file=json_file,
+        outputs=outputs,
+        timeout=timeout,
+        conditions=conditions,
+        ablate=list(dict.fromkeys(only or switches)),
+    )
+    _show_result(result, None, None, outputs)
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
+    _fail_if_worse(result, None, None)
+
+
+def _measure(
+    images: list[str], runs: int, *, json_file: Path | None, outputs: Outputs, **options: Any
+) -> BenchResult:
+    """Run the benchmark, live on a terminal; raw samples go to `json_file` after each run."""
+    from rich.console import Console
+
+    from benchmarks.docker_host import DockerHost
+    from benchmarks.harness import run_benchmark
+    from benchmarks.live import LiveView
+    from benchmarks.outputs import check_folder, write_whole
+    from builder.docker_engine import DockerEngine
+
+    outputs.check()
+    if json_file:
+        check_folder(json_file)
     engine = DockerEngine()
     live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
 
@@ -434,28 +527,16 @@ def bench(
         if json_file:
             write_whole(json_file, (result.model_dump_json(indent=1) + "\n").encode())
 
-    def enough(result: BenchResult) -> bool:
-        shown = earlier.put_first(result) if earlier else result
-        return until is not None and precise_enough(estimates(shown), until)
-
-    result = run_benchmark(
+    return run_benchmark(
         DockerHost(engine),
-        chosen,
+        images,
         runs,
         reporter=live or _reporter(),
         save=save,
-        until=until,
-        max_runs=(max_runs or max(runs, _MAX_RUNS)) if until else None,
-        enough=enough,
         watcher=live,
-        timeout=timeout,
-        conditions=conditions,
         engine_version=engine.version,
+        **options,
     )
-    _show_result(result, earlier, max_regression, outputs)
-    if json_file:
-        typer.echo(f"raw samples: {json_file}")
-    _fail_if_worse(result, earlier, max_regression)
 
 
 @bench_app.command("report")
@@ -485,7 +566,12 @@ def bench_report(
 @bench_app.command("bake")
 def bench_bake(
     file: Annotated[Path, typer.Argument(help="What `coldstart bench --pull --json` wrote.")],
-    weights: Annotated[list[float], typer.Option(help="MB of each image's weights; repeat it for each.")],
+    check: Annotated[
+        Path | None, typer.Option(help="Runs of the same images at the rates given, to check with.")
+    ] = None,
+    weights: Annotated[
+        list[float] | None, typer.Option(help="MB of each image's weights; repeat it for each [known].")
+    ] = None,
     registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
     hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
     disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [measured].")] = None,
@@ -496,12 +582,14 @@ def bench_bake(
     from benchmarks.schema import read_result
 
     rates = {"registry": registry, "hub": hub, "disk": disk, "mount": mount}
-    for name, rate in (*rates.items(), *(("weights", size) for size in weights)):
+    for name, rate in (*rates.items(), *(("weights", size) for size in weights or ())):
         if rate is not None and rate <= 0:
             raise InputError(f"--{name} {rate:g} is not a size or a rate", fix="Give more than 0.")
     given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
+    sizes = [round(size * 1e6) for size in weights or ()]
+    checking = read_result(check) if check else None
     try:
-        node, rows = bake.rows(read_result(file), [round(size * 1e6) for size in weights], given)
+        node, rows = bake.rows(read_result(file), given, checking, sizes)
     except ValueError as error:
         raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
     typer.echo(
@@ -517,8 +605,16 @@ def bench_bake(
             typer.echo(
                 f"  baking is sooner than downloading from {row.crossing / 1e6:.0f} MB/s of the registry on"
             )
-        checked = "not checked: one pulled run" if row.error is None else f"{row.error:+.1%} of measured runs"
-        typer.echo(f"  error of the model: {checked}")
+        checked = "not checked, by want of another run"
+        if row.measured is not None:
+            checked = f"{row.predicted:.1f} s predicted, {row.measured:.1f} s measured, {row.error:+.1%}"
+        typer.echo(f"  error of the model ({row.way}): {checked}")
+    baked = [row for row in rows if row.way == "bake"]
+    for row in baked[1:]:
+        saved = ", ".join(
+            f"{way} {bake.quantizing_saves(baked[0].model, row.model, way, node):+.1f} s" for way in bake.WAYS
+        )
+        typer.echo(f"{row.image} instead of {baked[0].image} saves: {saved}")
 
 
 @bench_app.command("history")

@@ -427,7 +427,8 @@ class DockerEngine:
     ) -> Container:
         """Create and start; the serving port is published on a free port of 127.0.0.1.
 
-        gpus: give it all of them, as `docker run --gpus all` does; volumes: name -> folder inside.
+        gpus: give it all of them, as `docker run --gpus all` does; volumes: name -> folder inside, where a
+        name that is an absolute path is a folder of the engine's machine, mounted read-only.
         """
         api = self._client.api
         created_at = time.time()
@@ -459,7 +460,10 @@ class DockerEngine:
 
 def _binds(volumes: Mapping[str, str] | None) -> list[str]:
     # nocopy: what the image has at that place must not fill the volume
-    return [f"{name}:{folder}:rw,nocopy" for name, folder in (volumes or {}).items()]
+    return [
+        f"{name}:{folder}:{'ro' if name.startswith('/') else 'rw,nocopy'}"
+        for name, folder in (volumes or {}).items()
+    ]
 
 
 def _repository(reference: str) -> str:

@@ -26,7 +26,8 @@ _MARKS = (
     (re.compile(r"Time spent downloading weights"), Phase.MODEL_DOWNLOAD),
     (re.compile(r"(Loading weights|Model loading) took"), Phase.WEIGHT_LOAD),
     (re.compile(r"Reducing Torch threads"), Phase.WEIGHT_LOAD),  # on CPU weights are packed until here
-    (re.compile(r"torch\.compile took"), Phase.COMPILE),
+    (re.compile(r"Dynamo bytecode transform time|Compiling a graph|torch\.compile took"), Phase.COMPILE),
+    (re.compile(r"Warming up done"), Phase.COMPILE),  # on CPU, only where something is compiled
     (re.compile(r"profiling/warmup run took"), Phase.KV_CACHE_ALLOC),
     (re.compile(r"Available KV cache memory|GiB for KV cache|KV cache size:"), Phase.KV_CACHE_ALLOC),
     (re.compile(r"Graph capturing finished|init engine \("), Phase.GRAPH_CAPTURE),

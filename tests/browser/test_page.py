@@ -203,6 +203,43 @@ def test_the_page_loads_nothing_and_logs_no_error(opened: Chrome, html: Path) ->
     assert log_of(opened, "browser") == []
 
 
+@pytest.fixture(scope="session")
+def ablation_html(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ours whole, and as if AWQ were ours without an optimisation and stock without all."""
+    result = read_result(RESULTS / "smollm2-2026-11-23-warm.json")
+    stock, whole, awq = result.images
+    variants = {
+        whole.reference: whole,
+        awq.reference: whole.without("read-ahead"),
+        stock.reference: whole.without("read-ahead", "template", name="all of them"),
+    }
+    runs = [run.model_copy(update={"image": variants[run.image].reference}) for run in result.runs]
+    made = result.model_copy(update={"images": tuple(variants.values()), "runs": tuple(runs)})
+    path = tmp_path_factory.mktemp("ablation") / "bench.html"
+    path.write_text(page(made))
+    return path
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_what_each_optimisation_saves_can_be_read_at_any_width(
+    browser: Chrome, ablation_html: Path, width: int, scheme: str
+) -> None:
+    resize(browser, width, scheme)
+    browser.get(ablation_html.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    table = one(browser, ".savings")
+    # Nothing of it has to be scrolled to.
+    assert table.rect["x"] + table.rect["width"] <= width
+    rows = [row.text for row in all_of(browser, ".savings tbody tr")]
+    assert rows[0].startswith("all of them")
+    assert "3.87" in rows[0]
+    assert "undecided" in (all_of(browser, ".savings tbody tr")[1].get_attribute("class") or "")
+    assert len(all_of(browser, "section.image")) == 2
+    worst, where = browser.execute_script(CONTRAST)
+    assert worst >= 4.5, where
+
+
 def test_the_history_fits_a_narrow_screen(browser: Chrome, tmp_path: Path) -> None:
     path = tmp_path / "history.html"
     results = [item for item in history.read_folder(RESULTS)[0] if item[0] == "smollm2-2026-11-22.json"]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,12 +19,13 @@ import pytest
 from benchmarks import page_cache
 from benchmarks.docker_host import DockerHost
 from benchmarks.harness import Conditions, run_benchmark
+from benchmarks.layout import waterfall
 from benchmarks.schema import BenchResult, Run, State
 from builder.docker_engine import DockerEngine
 from builder.errors import InputError
 from builder.render import ContextFile, Rendered
 from builder.report import SilentReporter
-from runtime.phases import Phase, covered_seconds
+from runtime.phases import Phase
 from tests.image.conftest import PREFIX, coldstart
 
 ROOT = Path(__file__).parents[2]
@@ -67,9 +72,35 @@ def test_at_most_5_percent_of_a_start_are_unattributed(measured: tuple[BenchResu
         assert run.total_seconds is not None
         assert run.unattributed_seconds is not None
         assert run.unattributed_seconds <= 0.05 * run.total_seconds, run
-        covered = covered_seconds(run.phases, run.created_at, run.end)
-        assert covered + run.unattributed_seconds == pytest.approx(run.total_seconds, rel=0.02)
     assert sum(run.total_seconds or 0 for run in measured[0].runs) <= measured[1]
+
+
+def test_the_critical_path_and_what_is_unattributed_take_as_long_as_a_stopwatch_says(
+    measured: tuple[BenchResult, float],
+) -> None:
+    """Phases are moments of the clocks of container, engine and client; the stopwatch is none of these."""
+    for run in measured[0].runs:
+        path = sum(segment.seconds for segment in waterfall(run).path if segment.bar)
+        assert run.unattributed_seconds is not None
+        assert path + run.unattributed_seconds == pytest.approx(run.wall_seconds, rel=0.02), run
+
+
+def test_what_an_optimisation_saves_is_measured_by_leaving_it_out(plain: Any, tmp_path: Path) -> None:
+    path, page = tmp_path / "a.json", tmp_path / "a.html"
+    done = coldstart(
+        *("bench", "ablate", plain["tag"], "--only", "template", "--runs", "1"),
+        *("--json", str(path), "--html", str(page)),
+    )
+    assert done.code == 0, done.out + done.err
+    result = BenchResult.model_validate_json(path.read_text())
+    assert [image.off for image in result.images] == [(), ("template",)]
+    whole, without = ({event.process for event in of(run, Phase.ENGINE_IMPORT)} for run in result.runs)
+    assert (whole, without) == ({"template"}, {"api", "EngineCore"})
+    assert "What each optimisation saves" in done.out
+    assert "What each optimisation saves" in page.read_text()
+    unknown = coldstart("bench", "ablate", plain["tag"], "--only", "temlpate")
+    assert unknown.code == 2
+    assert "read-ahead" in unknown.err  # what there is
 
 
 def test_stock_vllm_imports_three_times_and_ours_once(measured: tuple[BenchResult, float]) -> None:
@@ -100,34 +131,162 @@ def tiny(engine: DockerEngine, registry: str) -> Iterator[str]:
     """An image that serves nothing, in a registry."""
     tag = f"{registry}/{PREFIX}/nothing:1"
     text = f"FROM scratch\nLABEL {NO_LABEL}\nCOPY file /file\n"
-    rendered = Rendered(text, (ContextFile("file", os.urandom(1 << 20)),))
+    rendered = Rendered(text, (_noise(1 << 20),))
     engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
     yield tag
     engine.remove_image(tag)
 
 
-def bench_pull(engine: DockerEngine, image: str) -> Run:
-    conditions = Conditions(pull=True)
+def bench_pull(host: DockerHost, image: str, timeout: float = 600) -> tuple[Run, list[str]]:
+    """The run, and what was told on the way."""
+    notes: list[str] = []
+
+    class Notes(SilentReporter):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
     result = run_benchmark(
-        *(DockerHost(engine), [image], 1),
-        reporter=SilentReporter(),
+        *(host, [image], 1),
+        reporter=Notes(),
         save=lambda _: None,
-        conditions=conditions,
+        conditions=Conditions(pull=True),
+        timeout=timeout,
     )
     (run,) = result.runs
-    return run
+    return run, notes
 
 
 def test_a_pull_is_timed_and_an_unconfirmed_image_is_kept(tiny: str, engine: DockerEngine) -> None:
     with pytest.raises(InputError, match="never pushed"):
-        bench_pull(engine, tiny)
+        bench_pull(DockerHost(engine), tiny)
     engine.push(tiny, SilentReporter())
     before = engine.require_image(tiny).id
-    run = bench_pull(engine, tiny)
+    run, _ = bench_pull(DockerHost(engine), tiny)
     assert run.state == State(pulled=True)
     assert [event.phase for event in run.phases][:2] == [Phase.IMAGE_PULL, Phase.IMAGE_UNPACK]
     assert "cannot start" in run.error  # it has no command
     assert engine.require_image(tiny).id == before
+
+
+@contextmanager
+def proxy(port: int, registry: str, rate: float) -> Iterator[subprocess.Popen[str]]:
+    """The registry at another port of 127.0.0.1, at `rate` MB/s; 0: as fast as it goes."""
+    command = [sys.executable, "-m", "benchmarks.throttle", f"127.0.0.1:{port}", registry, str(rate)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def behind_proxy(engine: DockerEngine, registry: str) -> Iterator[tuple[str, int]]:
+    """An image of 4 MB in a registry, by the address of a proxy that is not there now; and its port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    tag = f"127.0.0.1:{port}/{PREFIX}/nothing:1"
+    rendered = Rendered(f"FROM scratch\nLABEL {NO_LABEL}\nCOPY file /file\n", (_noise(4 << 20),))
+    engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    with proxy(port, registry, 0):
+        engine.push(tag, SilentReporter())
+    yield tag, port
+    engine.remove_image(tag)
+
+
+def _noise(size: int) -> ContextFile:
+    return ContextFile("file", os.urandom(size))
+
+
+def test_a_slow_registry_ends_at_the_timeout_and_leaves_a_way_back(
+    behind_proxy: tuple[str, int], registry: str, engine: DockerEngine
+) -> None:
+    tag, port = behind_proxy
+    with proxy(port, registry, 0.2):
+        run, notes = bench_pull(DockerHost(engine), tag, timeout=4)
+        assert "It was not pulled within 4 s." in run.error
+    assert [event.phase for event in run.phases] == [Phase.IMAGE_PULL]
+    assert engine.image(tag) is None
+    (way_back,) = notes
+    with proxy(port, registry, 0):
+        docker.from_env().images.pull(way_back.rpartition(" ")[2])
+
+
+def test_a_registry_that_fails_is_a_failed_run(
+    behind_proxy: tuple[str, int], registry: str, engine: DockerEngine
+) -> None:
+    tag, port = behind_proxy
+    with proxy(port, registry, 0) as process:
+
+        class Leaves(DockerHost):
+            def registry_digest(self, reference: str) -> str:
+                found = super().registry_digest(reference)
+                process.kill()
+                process.wait()
+                return found
+
+        run, notes = bench_pull(Leaves(engine), tag)
+    assert not run.ok
+    assert "cannot pull" in run.error
+    assert "refused" in run.error
+    assert "docker pull" in notes[0]
+
+
+_BEHAVIOUR = """
+import http.server, os, sys, time
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        if how == "hangs":
+            time.sleep(600)
+        body = b"<html>" if how == "garbage" else b"{}"
+        self.send_response(200 if how == "garbage" else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+how = os.environ["HOW"]
+if how == "dies":
+    print("no such device")
+    sys.exit(7)
+http.server.ThreadingHTTPServer(("0.0.0.0", 8000), Handler).serve_forever()
+"""
+
+
+@pytest.fixture(scope="module")
+def bad_server(engine: DockerEngine, base: str) -> Iterator[str]:
+    tag = f"{PREFIX}/bad:1"
+    text = f'FROM {base}\nCOPY bad.py /bad.py\nEXPOSE 8000\nENTRYPOINT ["python3", "-u", "/bad.py"]\n'
+    rendered = Rendered(text, (ContextFile("bad.py", _BEHAVIOUR.encode()),))
+    engine.build(rendered, tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    yield tag
+    engine.remove_image(tag)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("dies", "exited with code 7"),
+        ("hangs", "not ready within 6 s"),
+        ("never", "GET /v1/models answered 503"),
+        ("garbage", "without a model list"),
+    ],
+)
+def test_a_container_that_does_not_serve_is_told_and_gone(
+    how: str, told: str, bad_server: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "r.json"
+    done = coldstart(
+        "bench", bad_server, "--runs", "1", "--env", f"HOW={how}", "--timeout", "6", "--json", str(path)
+    )
+    assert done.code == 6, done.out + done.err
+    (run,) = BenchResult.model_validate_json(path.read_text()).runs
+    assert not run.ok
+    assert told in run.error
+    assert how != "dies" or "no such device" in run.log_tail
+    assert docker.from_env().containers.list(all=True, filters={"ancestor": bad_server}) == []
 
 
 def test_the_page_cache_of_an_image_is_found_and_controlled(tiny: str, engine: DockerEngine) -> None:

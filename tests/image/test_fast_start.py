@@ -57,16 +57,18 @@ def test_a_recorded_start_helps_the_next(
 
 
 _TREE = """
-import json
+import json, os
 from pathlib import Path
 
-status = [path.read_text() for path in Path("/proc").glob("[0-9]*/cmdline")]
-print(json.dumps({"forkserver": sum("forkserver" in line for line in status),
-                  "spawned": sum("spawn_main" in line for line in status)}))
+lines = [p.read_text() for p in Path("/proc").glob("[0-9]*/cmdline") if p.parent.name != str(os.getpid())]
+print(json.dumps([sum(word in line for line in lines) for word in ("forkserver", "spawn_main")]))
 """
 
 
-@pytest.mark.parametrize("off", [*LABELS, ",".join(LABELS)])
+# Those that do not need the template, alone; then what a start without any of ours is.
+@pytest.mark.parametrize(
+    "off", ["template", ",".join(name for name in LABELS if name != "template"), ",".join(LABELS)]
+)
 def test_a_start_without_an_optimisation_answers_the_same(
     off: str, plain: Any, start: Callable[..., Container]
 ) -> None:
@@ -79,10 +81,10 @@ def test_a_start_without_an_optimisation_answers_the_same(
     tree = _json(container, ["python3", "-c", _TREE])
     if "template" in off:
         assert imports == {"api", "EngineCore"}
-        assert tree == {"forkserver": 0, "spawned": 2}
+        assert tree[0] == 0 < tree[1]
     else:
         assert imports == {"template"}
-        assert tree == {"forkserver": 1, "spawned": 0}
+        assert tree[1] == 0 < tree[0]
     remembered = b'coldstart_cache_hit{cache="imports"} 1.0' in get(container, "/metrics").body
     assert remembered == ("import-structures" not in off)
     by_name = {(phase["phase"], phase["process"]): phase for phase in phases}

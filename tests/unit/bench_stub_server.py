@@ -16,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import FrameType
 from typing import Any
 
+from metronome import Metronome  # type: ignore[import-not-found] # beside this script
+
 STARTED = time.time()
 PLAN: dict[str, Any] = {
     "ready_after": 0.1,  # None: never
@@ -28,8 +30,10 @@ PLAN: dict[str, Any] = {
     "stream": None,  # the body of the completion, verbatim, so many times
     "stream_times": 1,
     "completion_status": 200,
+    "token_seconds": 0.0,  # before each
     "exit_code": 0,
     "vllm_log": False,  # sleep through known phases, logging as vLLM does; ready at the end
+    "record": False,  # tell what happened when: see `tell`
     **json.loads(sys.argv[1]),
 }
 EVENTS = [("server_bind", 0.0, 0.02), ("engine_import", 0.01, 0.06), ("weight_load", 0.05, 0.09)]
@@ -47,15 +51,26 @@ VLLM_PHASES = [
 ]
 
 
+def say(line: str) -> None:
+    """At once, so that lines of several threads do not mix."""
+    os.write(2, f"{line}\n".encode())
+
+
 def log_as_vllm() -> None:
-    recorded = []
     for name, process, line in VLLM_PHASES:
         begin = time.time()
         time.sleep(0.06)
-        recorded.append((name, process.split()[0], begin, time.time()))
-        print(f"({process}) INFO 01-01 00:00:00 [stub.py:1] {line}", file=sys.stderr, flush=True)
-    print("recorded:", json.dumps(recorded), file=sys.stderr, flush=True)
-    PLAN["ready_after"] = 0
+        end = time.time()
+        # Stamped here, as a container engine stamps lines: how late it reads them is not the tool's error.
+        say(f"@{end} ({process}) INFO 01-01 00:00:00 [stub.py:1] {line}")
+        tell(name, process.split()[0], begin, end)
+    PLAN["logged"], PLAN["ready_after"] = end, 0
+
+
+def tell(name: str, process: str, begin: float, end: float) -> None:
+    """What the server itself knows of a phase, for whoever compares it with what was measured."""
+    if PLAN["record"]:
+        say(f"recorded: {json.dumps([name, process, begin, end])}")
 
 
 def ready() -> bool:
@@ -75,12 +90,17 @@ def startup_report() -> bytes:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    ready_at = 0.0
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             status = 200 if ready() else PLAN["models_status"]
             listed = json.dumps({"object": "list", "data": [{"id": "stub"}]})
             self.reply(status, (PLAN["models"] or listed).encode() if status == 200 else STARTING)
+            if status == 200:
+                Handler.ready_at = time.time()
+                if PLAN["vllm_log"]:
+                    tell("ready", "APIServer", PLAN["logged"], Handler.ready_at)
         elif self.path == "/startup" and PLAN["startup"] != "missing":
             body = startup_report() if PLAN["startup"] == "report" else PLAN["startup"].encode()
             self.reply(200 if ready() else 503, body)
@@ -89,7 +109,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        print("asked:", json.dumps(request, sort_keys=True), file=sys.stderr, flush=True)
+        say(f"asked: {json.dumps(request, sort_keys=True)}")
         if PLAN["completion_status"] != 200:
             self.reply(PLAN["completion_status"], b"no such thing")
             return
@@ -104,10 +124,14 @@ class Handler(BaseHTTPRequestHandler):
         self.chunk("")
 
     def stream_tokens(self) -> None:
-        for token in TOKENS:
+        for number, token in enumerate(TOKENS):
+            time.sleep(PLAN["token_seconds"])
             self.chunk(f"data: {json.dumps({'choices': [{'text': token}]})}\n\n")
+            if number == 0:
+                tell("first_token", "client", Handler.ready_at, time.time())
+                tell("stalled", "machine", 0.0, metronome.worst if metronome else 0.0)
             if PLAN["die_in_answer"]:
-                print("out of memory \x1b[31mhere\x1b[0m", file=sys.stderr, flush=True)
+                say("out of memory \x1b[31mhere\x1b[0m")
                 leave(9)
         # A payload cut in two must be put together again.
         self.chunk("data: [DO")
@@ -140,6 +164,10 @@ def main() -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)
+    tell("container_start", "client", 0.0, STARTED)
+    if PLAN["startup"] == "report":
+        for name, begin, end in EVENTS:
+            tell(name, "pid1", STARTED + begin, STARTED + end)
     if PLAN["die_after"] is not None:
         threading.Timer(PLAN["die_after"], leave, [3]).start()
     if PLAN["vllm_log"]:
@@ -147,4 +175,5 @@ def main() -> None:
     server.serve_forever()
 
 
+metronome = Metronome() if PLAN["record"] else None
 main()

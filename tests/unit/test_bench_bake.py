@@ -10,7 +10,17 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import bake
-from benchmarks.schema import BenchResult, ImageFacts, Machine, MeasuredPhase, Resources, Run, State, Workload
+from benchmarks.schema import (
+    BenchResult,
+    ImageFacts,
+    Machine,
+    MeasuredPhase,
+    Resources,
+    Run,
+    State,
+    Way,
+    Workload,
+)
 from builder.cli import app
 from builder.errors import InputError
 from runtime.phases import Phase
@@ -24,7 +34,7 @@ MODEL = bake.Model(weights=1000 * MB, packed=800 * MB, base=3000 * MB, rest=10.0
     ("way", "expected"),
     [("bake", 8 + 4 + 10), ("download", 20 + 10), ("mount", 2.5 + 10)],
 )
-def test_seconds_of_each_way(way: bake.Way, expected: float) -> None:
+def test_seconds_of_each_way(way: Way, expected: float) -> None:
     assert bake.seconds(way, MODEL, NODE) == pytest.approx(expected)
 
 
@@ -46,13 +56,22 @@ def test_a_mount_reads_at_its_own_rate() -> None:
     assert bake.best(MODEL, replace(NODE, mount=10 * MB))[0] == "bake"
 
 
-def test_at_the_crossing_both_take_as_long() -> None:
-    rate = bake.crossing(MODEL, NODE)
+def test_imports_hide_a_download_as_long_as_they_take() -> None:
+    model = replace(MODEL, imports=4.0)
+    assert bake.seconds("download", model, NODE) == pytest.approx(20 - 4 + 10)
+    assert bake.seconds("download", model, replace(NODE, hub=1000 * MB)) == pytest.approx(10)
+    assert bake.seconds("bake", model, NODE) == bake.seconds("bake", MODEL, NODE)
+
+
+@pytest.mark.parametrize("imports", [0.0, 4.0])
+def test_at_the_crossing_both_take_as_long(imports: float) -> None:
+    model = replace(MODEL, imports=imports)
+    rate = bake.crossing(model, NODE)
     assert rate is not None
     there = replace(NODE, registry=rate)
-    assert bake.seconds("bake", MODEL, there) == pytest.approx(bake.seconds("download", MODEL, there))
+    assert bake.seconds("bake", model, there) == pytest.approx(bake.seconds("download", model, there))
     faster = replace(NODE, registry=rate * 1.1)
-    assert bake.seconds("bake", MODEL, faster) < bake.seconds("download", MODEL, faster)
+    assert bake.seconds("bake", model, faster) < bake.seconds("download", model, faster)
 
 
 def test_where_unpacking_alone_takes_longer_than_the_hub_there_is_no_crossing() -> None:
@@ -89,9 +108,7 @@ def test_rates_of_a_run_reproduce_it() -> None:
     node = bake.rates_of(pulled(), weights=1000 * MB)
     assert (node.registry, node.unpack, node.disk) == pytest.approx((100 * MB, 200 * MB, 400 * MB))
     model = replace(MODEL, rest=bake.rest_of(pulled()))
-    predicted = bake.seconds("bake", model, node)
-    assert bake.error(predicted, [pulled()]) == pytest.approx(0.0)
-    assert bake.error(predicted, [pulled(20.0)]) == pytest.approx(0.25)
+    assert bake.seconds("bake", model, node) == pytest.approx(25.0)
 
 
 def test_a_run_without_a_pull_gives_no_rates() -> None:
@@ -112,16 +129,83 @@ def result_of(*runs: Run) -> BenchResult:
     )
 
 
+def first_pull() -> Run:
+    return pulled().model_copy(update={"state": State(pulled=True)})
+
+
 def test_the_first_pull_gives_the_rates_and_the_other_runs_check_them() -> None:
-    first = pulled().model_copy(update={"state": State(pulled=True)})
+    first = first_pull()
     slow = first.model_copy(update={"total_seconds": 31.25, "index": 1, "order": 1})
-    other = first.model_copy(update={"image": "b", "order": 2})
-    node, (a, b) = bake.rows(result_of(first, slow, other), [1000 * MB, 1000 * MB], {"hub": 10.0 * MB})
+    sizes = [1000 * MB]
+    node, (a,) = bake.rows(result_of(first, slow), {"hub": 10.0 * MB}, weights=sizes)
     assert (node.registry, node.hub) == pytest.approx((100 * MB, 10 * MB))
+    assert (a.way, a.measured) == ("bake", 31.25)
+    assert a.predicted == pytest.approx(25.0)
     assert a.error == pytest.approx(-0.2)
-    assert b.error == pytest.approx(0.0)
     assert a.best == "mount"
-    assert a.seconds["bake"] == pytest.approx(25.0)
+    (_, (alone,)) = bake.rows(result_of(first), {}, weights=sizes)
+    assert (alone.measured, alone.error) == (None, None)
+
+
+def three_ways(scale: float = 1.0) -> BenchResult:
+    """Baked as `pulled`; downloaded at 50 MB/s beside 4 s of imports; mounted, and read at 100 MB/s.
+
+    Each of these two pulls 8 MB of other layers. scale: of every total.
+    """
+    imports = MeasuredPhase(Phase.ENGINE_IMPORT, 1012, 1016, "template", 1)
+    little = MeasuredPhase(
+        Phase.IMAGE_PULL, 1000, 1000.08, "engine", 1, resources=Resources(net_bytes=8 * MB)
+    )
+    baked = first_pull()
+    baked = baked.model_copy(update={"phases": (*baked.phases, imports), "total_seconds": 25.0 * scale})
+    download = MeasuredPhase(Phase.MODEL_DOWNLOAD, 1001, 1021, "fetch", 1)
+    reading = MeasuredPhase(Phase.WEIGHT_LOAD, 1005, 1017.5, "EngineCore", 1)
+    others = [
+        baked.model_copy(
+            update={
+                "image": name, "order": order, "phases": (little, event),
+                "total_seconds": (0.12 + 13.0 + extra) * scale,
+            }
+        )
+        for order, (name, event, extra) in enumerate(
+            [("download", download, 20.0 - 4.0), ("mount", reading, 10.0)], start=1
+        )
+    ]  # fmt: skip
+    again = [run.model_copy(update={"index": 1, "order": run.order + 3}) for run in (baked, *others)]
+    ways: dict[str, Way] = {"a": "bake", "download": "download", "mount": "mount"}
+    images = tuple(
+        ImageFacts(name, f"sha256:{name}", 1, weights=way, weight_bytes=1000 * MB)
+        for name, way in ways.items()
+    )
+    return result_of(baked, *others, *again).model_copy(update={"images": images})
+
+
+def test_each_way_is_predicted_from_the_baked_run_and_its_own_rate() -> None:
+    node, rows = bake.rows(three_ways(), {})
+    assert (node.registry, node.hub, node.mount) == pytest.approx((100 * MB, 50 * MB, 100 * MB))
+    assert [row.way for row in rows] == ["bake", "download", "mount"]
+    assert [row.predicted for row in rows] == pytest.approx([25.0, 0.12 + 13 + 16, 0.12 + 13 + 10])
+    assert [row.error for row in rows] == pytest.approx([0.0, 0.0, 0.0])
+    assert {way: seconds for row in rows[:1] for way, seconds in row.seconds.items()} == pytest.approx(
+        {"bake": 25.0, "download": 29.0, "mount": 23.0}
+    )
+
+
+def test_runs_at_other_rates_check_the_model_at_those() -> None:
+    _, rows = bake.rows(three_ways(), {"registry": 50.0 * MB}, check=three_ways(1.25))
+    # Twice as long to pull 800 MB, and 8 MB.
+    assert [row.predicted for row in rows] == pytest.approx([33.0, 29.2, 23.2])
+    assert rows[0].measured == pytest.approx(31.25)
+    assert rows[0].error == pytest.approx(33.0 / 31.25 - 1)
+
+
+def test_without_a_baked_image_or_a_size_nothing_is_predicted() -> None:
+    result = three_ways()
+    with pytest.raises(ValueError, match="--weights"):
+        bake.rows(result.model_copy(update={"images": (ImageFacts("a", "sha256:a", 1),)}), {})
+    elsewhere = tuple(image for image in result.images if image.weights != "bake")
+    with pytest.raises(ValueError, match="baked"):
+        bake.rows(result.model_copy(update={"images": elsewhere}), {})
 
 
 def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
@@ -132,8 +216,41 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "a: bake is soonest; bake 25.0 s, download 33.0 s" in shown.output
     assert "from 50 MB/s" in shown.output
+    assert "not checked" in shown.output
+    both = tmp_path / "three.json"
+    both.write_text(three_ways().model_dump_json())
+    checked = CliRunner().invoke(app, ["bench", "bake", str(both), "--check", str(both)])
+    assert checked.exit_code == 0, checked.output
+    assert "error of the model (download): 29.1 s predicted, 29.1 s measured, +0.0%" in checked.output
     with pytest.raises(InputError, match="more than 0|not a size"):
         CliRunner().invoke(app, [*command, "--hub", "0"], catch_exceptions=False)
+
+
+def test_what_smaller_weights_save_is_told_for_each_way(tmp_path: Path) -> None:
+    first = first_pull()
+    less = MeasuredPhase(Phase.IMAGE_PULL, 1000, 1004, "engine", 1, resources=Resources(net_bytes=400 * MB))
+    small = first.model_copy(
+        update={"image": "small", "order": 1, "phases": (less,), "total_seconds": 4.0 + 13.0}
+    )
+    file = tmp_path / "r.json"
+    file.write_text(result_of(first, small).model_dump_json())
+    command = [
+        "bench",
+        "bake",
+        str(file),
+        "--weights",
+        "1000",
+        "--weights",
+        "500",
+        "--hub",
+        "50",
+        "--mount",
+        "100",
+    ]
+    shown = CliRunner().invoke(app, command)
+    assert shown.exit_code == 0, shown.output
+    # Of 400 MB less to pull and unpack, and 500 MB less to download or read.
+    assert "small instead of a saves: bake +6.0 s, download +10.0 s, mount +5.0 s" in shown.output
 
 
 def test_a_result_without_pulls_is_told(tmp_path: Path) -> None:

@@ -44,7 +44,11 @@ class StubContainer:
 
     def _read(self) -> None:
         for line in self._stderr:
-            self._lines.append((time.time(), line.decode().rstrip("\n")))
+            text, at = line.decode().rstrip("\n"), time.time()
+            if text.startswith("@"):  # it has a stamp already
+                stamp, text = text[1:].split(" ", 1)
+                at = float(stamp)
+            self._lines.append((at, text))
 
     def pid(self) -> int:
         return self._process.pid
