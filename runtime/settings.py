@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from runtime.deadlines import Deadlines
 from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
@@ -117,13 +118,6 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _positive_seconds(text: str) -> float:
-    value = _seconds(text)
-    if not value:
-        raise ValueError("must be a number of seconds above 0")
-    return value
-
-
 def _one_of(*values: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in values:
@@ -173,9 +167,9 @@ OPTIONS = (
     ),
     Option(
         "phase-timeout",
-        _positive_seconds,
-        600.0,
-        "Seconds that a start-up may make no progress before it is given up.",
+        Deadlines.parse,
+        Deadlines(),
+        "Seconds without progress after which a start is given up; by phase: 600,weight_load=3600.",
     ),
     Option(
         "api-key-file",
@@ -186,6 +180,12 @@ OPTIONS = (
     Option("metrics-auth", _one_of("open", "key"), "open", "Whether /metrics wants the key: open or key."),
     Option("max-request-bytes", _whole, 32 << 20, "Largest body of a request; a larger one is answered 413."),
     Option("log-format", _one_of("text", "json"), "text", "Format of all output: text or json."),
+    Option(
+        "event-loop",
+        _one_of("uvloop", "asyncio"),
+        "uvloop",
+        "Of the API process: uvloop or asyncio, which also serves where uvloop is not installed.",
+    ),
 )
 
 # Read from the environment only. A key on a command line can be read in `ps` and `docker inspect`.
@@ -239,11 +239,12 @@ class Settings:
     served_model_name: str
     drain_delay: float
     drain_timeout: float
-    phase_timeout: float
+    phase_timeout: Deadlines
     api_key_file: str | None
     metrics_auth: str
     max_request_bytes: int
     log_format: str
+    event_loop: str
     engine_args: tuple[str, ...]
     sources: Mapping[str, str] = field(compare=False)
     api_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -266,13 +266,16 @@ class Supervisor:
         self._reason = f"{reason}. Raise --drain-timeout, and the orchestrator's grace period above it."
 
     async def _watch_progress(self) -> None:
-        """End a start that hangs: every message of a phase counts as progress."""
-        limit = self._settings.phase_timeout
+        """End a start that hangs. Every message of any phase is progress; the phase that began last sets the
+        limit, since those that began before it wait for it or have their turn when it is over.
+        """
+        deadlines = self._settings.phase_timeout
         self._progress = time.monotonic()
         while self._lifecycle.state is State.STARTING:
-            await asyncio.sleep(min(1.0, limit / 4))
+            await asyncio.sleep(min(1.0, deadlines.shortest / 4))
+            current = self._lifecycle.current
+            limit = deadlines.seconds(current.phase if current else None)
             if time.monotonic() - self._progress > limit and self._lifecycle.state is State.STARTING:
-                current = self._lifecycle.current
                 where = f"{current.phase.value} {current.detail}".strip() if current else "between two phases"
                 await self._fail(f"no progress for {limit:g} s in {where}")
 
