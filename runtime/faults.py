@@ -41,7 +41,7 @@ _NEXT_STEPS = tuple(
         ),
         (
             r"no progress",
-            "Look at what holds it up, or give a phase that is only slow more: --phase-timeout PHASE=SECONDS.",
+            "Look at what holds it up, or give a slow phase more time: --phase-timeout PHASE=SECONDS.",
         ),
         (
             r"SIGKILL",

@@ -129,23 +129,13 @@ class Supervisor:
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:
-        from runtime import engine
-
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
         processes.leave_hub(os.environ)
-        preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
-        if preload:
-            os.environ["LD_PRELOAD"] = preload
-        context = processes.CONTEXT
-        context.set_forkserver_preload(["runtime.template"])
         self._channel, theirs = multiprocessing.Pipe()
-        process = context.Process(
-            target=engine.serve, args=(self._settings, listener, theirs, self._lifecycle.started), name="api"
-        )
         try:
-            await asyncio.to_thread(process.start)  # returns when the template has imported vLLM
+            process = await asyncio.to_thread(self._fork_engine, listener, theirs)
         except (OSError, EOFError) as error:
             if not self._exit.is_set():
                 await self._fail(f"the process that imports vLLM died ({error!r})")
@@ -156,6 +146,19 @@ class Supervisor:
         loop.add_reader(process.sentinel, self._on_engine_exit, process)
         if fetching and await fetching and self._channel is not None:
             self._channel.send(("fetched",))
+
+    def _fork_engine(self, listener: socket.socket, channel: Connection) -> Any:
+        """Returns when the template has imported vLLM. For a thread, so that no probe waits for it."""
+        from runtime import engine
+
+        preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
+        if preload:
+            os.environ["LD_PRELOAD"] = preload
+        processes.CONTEXT.set_forkserver_preload(["runtime.template"])
+        arguments = (self._settings, listener, channel, self._lifecycle.started)
+        process = processes.CONTEXT.Process(target=engine.serve, args=arguments, name="api")
+        process.start()
+        return process
 
     async def _fetch(self, process: subprocess.Popen[str]) -> bool:
         """Wait until the model is there. The pipe tells: the exit code goes to whoever reaps first."""
@@ -212,12 +215,16 @@ class Supervisor:
             return
         self._front.close()
         self._lifecycle.move(State.READY)
-        self._shared_memory |= processes.shared_memory(os.getpid())
         self._channel.send(("accept", self._lifecycle.events))
+        self._spawn(self._note_shared_memory())
         ready_at = self._lifecycle.ready_at or now()
         _log(breakdown(self._lifecycle.events, self._lifecycle.started, ready_at))
         if spans.wanted():
             self._export_spans(ready_at)
+
+    async def _note_shared_memory(self) -> None:
+        """While the engine still has it mapped: killed processes do not tell."""
+        self._shared_memory |= await asyncio.to_thread(processes.shared_memory, os.getpid())
 
     def _export_spans(self, ready_at: float) -> None:
         snapshot = self._lifecycle.snapshot()

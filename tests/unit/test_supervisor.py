@@ -1,4 +1,4 @@
-"""PID 1 as a real process, in front of an import of vLLM that hangs, fails or is killed; no engine is needed."""
+"""PID 1 as a real process, in front of an import of vLLM that hangs, fails or is killed: no engine."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_hang_ends_at_the_deadline_of_its_phase(serve: Callable[..., Server]) 
     assert (code, 503 in server.health) == (1, True)
     assert last_line == (
         "coldstart: exit 1: failed: no progress for 2 s in engine_import. Look at what holds it up, "
-        "or give a phase that is only slow more: --phase-timeout PHASE=SECONDS."
+        "or give a slow phase more time: --phase-timeout PHASE=SECONDS."
     )
 
 
