@@ -32,6 +32,7 @@ EXIT_FETCH = 4
 EXIT_PORT = 5
 EXIT_FORCED = 6
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DATAGRAM_BYTES = 65536
 # How long a dead engine's port still answers 503, so that probes and clients learn it from us.
 _FAILURE_LINGER_SECONDS = 2.0
@@ -80,6 +81,8 @@ class Supervisor:
             )
             return EXIT_PORT
         processes.adopt_orphans()
+        # Until the loop handles them, signals wait: the entrypoint's handler would leave the folder behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with listener:
             try:
                 folder = tempfile.mkdtemp(prefix="coldstart-")
@@ -103,6 +106,10 @@ class Supervisor:
 
     async def _main(self, listener: socket.socket, folder: Path) -> int:
         loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGCHLD, processes.reap)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._front = Front(listener, self._lifecycle)
         self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
@@ -111,9 +118,6 @@ class Supervisor:
         shards = manifest.shards if manifest.weights != "download" else ()
         prefetch.start(Path(manifest.model_path), shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGCHLD, processes.reap)
         with _event_socket(folder) as events:
             loop.add_reader(events.fileno(), self._on_event, events)
             starter = loop.create_task(self._start_engine(listener))
@@ -126,6 +130,9 @@ class Supervisor:
         self._end_processes()  # also ends a starter that waits for the template
         await asyncio.wait({starter}, timeout=2)
         await self._front.retire()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _SIGNALS
+        )  # the loop's handlers go with it; what is left is ours
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:

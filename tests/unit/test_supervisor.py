@@ -156,6 +156,8 @@ def test_a_signal_at_any_moment_of_the_first_second_ends_it(serve: Callable[...,
         server = serve(HANGS)
         time.sleep(chosen.random())
         server.process.send_signal(signal.Signals[name])
+        time.sleep(chosen.random() / 4)
+        server.process.send_signal(signal.Signals[name])  # does nothing to one that has ended
         code, last_line = server.wait()
         print(code, last_line)
         # Before the entrypoint's first line it is Python's to say how it ends.
