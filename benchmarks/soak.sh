@@ -12,5 +12,5 @@ trap 'exit 130' INT TERM
 weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --json -- --max-model-len 2048 |
   python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
 DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
-python -m benchmarks.proxy_hop "$OURS" "$STOCK" --rounds "${ROUNDS:-30}" --json "benchmarks/results/proxy-hop-$(date +%F).json"
+python -m benchmarks.proxy_hop "$OURS" "$STOCK" --starts "${STARTS:-6}" --json "benchmarks/results/proxy-hop-$(date +%F).json"
 python -m benchmarks.soak "$OURS" --count "${COUNT:-50}" --json "benchmarks/results/soak-$(date +%F).json"

@@ -424,6 +424,7 @@ class DockerEngine:
         gpus: bool = False,
         environment: Mapping[str, str] | None = None,
         volumes: Mapping[str, str] | None = None,
+        health_checks: bool = True,
     ) -> Container:
         """Create and start; the serving port is published on a free port of 127.0.0.1.
 
@@ -442,6 +443,7 @@ class DockerEngine:
                 labels=_TOOL_LABEL,
                 ports=[PORT] if publish else None,
                 environment=dict(environment or {}),
+                healthcheck=None if health_checks else {"test": ["NONE"]},
                 host_config=api.create_host_config(
                     network_mode=network,
                     port_bindings={PORT: ("127.0.0.1", None)} if publish else None,

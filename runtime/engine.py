@@ -64,7 +64,8 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
         signal.signal(number, signal.SIG_IGN)
     try:
         lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
-        asyncio.run(_serve(settings, listener, channel, lifecycle))
+        with asyncio.Runner(loop_factory=lambda: _event_loop(settings.event_loop)) as runner:
+            runner.run(_serve(settings, listener, channel, lifecycle))
     except EngineFailedError as error:
         channel.send(("failed", str(error)))
     except RefusedError as error:
@@ -72,6 +73,16 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
     except Exception as error:
         channel.send(("failed", f"{type(error).__name__}: {error}"))
         raise
+
+
+def _event_loop(name: str) -> asyncio.AbstractEventLoop:
+    """A loop of uvloop's, as in vLLM's own server; asyncio's where that is asked for or uvloop is missing."""
+    if name == "uvloop":
+        with contextlib.suppress(ImportError):
+            import uvloop
+
+            return uvloop.new_event_loop()
+    return asyncio.new_event_loop()
 
 
 async def _serve(

@@ -39,7 +39,10 @@ _NEXT_STEPS = tuple(
             r"NUMA nodes",
             "Say which cores each worker gets, one list a worker: `-e VLLM_CPU_OMP_THREADS_BIND='0-3|4-7'`.",
         ),
-        (r"no progress", "Look at what holds it up, or raise COLDSTART_PHASE_TIMEOUT if it is only slow."),
+        (
+            r"no progress",
+            "Look at what holds it up, or give a slow phase more time: --phase-timeout PHASE=SECONDS.",
+        ),
         (
             r"SIGKILL",
             "If it was the kernel, for want of memory: raise the container's memory limit.",

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from runtime import switches
+from runtime.deadlines import Deadlines
 from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
@@ -125,13 +126,6 @@ def _seconds(text: str) -> float:
     return value
 
 
-def _positive_seconds(text: str) -> float:
-    value = _seconds(text)
-    if not value:
-        raise ValueError("must be a number of seconds above 0")
-    return value
-
-
 def _one_of(*values: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if text not in values:
@@ -191,9 +185,9 @@ OPTIONS = (
     ),
     Option(
         "phase-timeout",
-        _positive_seconds,
-        600.0,
-        "Seconds that a start-up may make no progress before it is given up.",
+        Deadlines.parse,
+        Deadlines(),
+        "Seconds without progress after which a start is given up; by phase: 600,weight_load=3600.",
     ),
     Option(
         "api-key-file",
@@ -209,6 +203,12 @@ OPTIONS = (
         _switches,
         (),
         f"Optimisations to start without, with commas between: {', '.join(switches.LABELS)}.",
+    ),
+    Option(
+        "event-loop",
+        _one_of("uvloop", "asyncio"),
+        "uvloop",
+        "Of the API process: uvloop or asyncio, which also serves where uvloop is not installed.",
     ),
 )
 
@@ -264,12 +264,13 @@ class Settings:
     served_model_name: str
     drain_delay: float
     drain_timeout: float
-    phase_timeout: float
+    phase_timeout: Deadlines
     api_key_file: str | None
     metrics_auth: str
     max_request_bytes: int
     log_format: str
     off: tuple[str, ...]
+    event_loop: str
     engine_args: tuple[str, ...]
     sources: Mapping[str, str] = field(compare=False)
     api_keys: tuple[str, ...] = field(default=(), repr=False)

@@ -34,6 +34,7 @@ EXIT_FETCH = 4
 EXIT_PORT = 5
 EXIT_FORCED = 6
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _DATAGRAM_BYTES = 65536
 # How long a dead engine's port still answers 503, so that probes and clients learn it from us.
 _FAILURE_LINGER_SECONDS = 2.0
@@ -90,6 +91,8 @@ class Supervisor:
             )
             return EXIT_PORT
         processes.adopt_orphans()
+        # Until the loop handles them, signals wait: the entrypoint's handler would leave the folder behind.
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with listener:
             try:
                 folder = tempfile.mkdtemp(prefix="coldstart-")
@@ -113,6 +116,10 @@ class Supervisor:
 
     async def _main(self, listener: socket.socket, folder: Path) -> int:
         loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        loop.add_signal_handler(signal.SIGCHLD, processes.reap)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._front = Front(listener, self._lifecycle)
         self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
@@ -122,9 +129,6 @@ class Supervisor:
         if Switch.READ_AHEAD.on:
             prefetch.start(Path(manifest.model_path), shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGCHLD, processes.reap)
         with _event_socket(folder) as events:
             loop.add_reader(events.fileno(), self._on_event, events)
             starter = loop.create_task(self._start_engine(listener))
@@ -137,27 +141,20 @@ class Supervisor:
         self._end_processes()  # also ends a starter that waits for the template
         await asyncio.wait({starter}, timeout=2)
         await self._front.retire()
+        signal.pthread_sigmask(
+            signal.SIG_BLOCK, _SIGNALS
+        )  # the loop's handlers go with it; what is left is ours
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:
-        from runtime import engine
-
         await asyncio.to_thread(self._use_recording)
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
         processes.leave_hub(os.environ)
-        preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
-        if preload:
-            os.environ["LD_PRELOAD"] = preload
-        context = processes.context()
-        context.set_forkserver_preload(["runtime.template"])
         self._channel, theirs = multiprocessing.Pipe()
-        process = context.Process(
-            target=engine.serve, args=(self._settings, listener, theirs, self._lifecycle.started), name="api"
-        )
         try:
-            await asyncio.to_thread(process.start)  # returns when the template has imported vLLM
+            process = await asyncio.to_thread(self._fork_engine, listener, theirs)
         except (OSError, EOFError) as error:
             if not self._exit.is_set():
                 await self._fail(f"the process that imports vLLM died ({error!r})")
@@ -186,6 +183,20 @@ class Supervisor:
             _log(f"using what was recorded for this machine: {recorded['mode']}")
         elif recorded.get("status") == "unused":
             _log(f"what was recorded is not used: {recorded['reason']}")
+
+    def _fork_engine(self, listener: socket.socket, channel: Connection) -> Any:
+        """Returns when the template has imported vLLM. For a thread, so that no probe waits for it."""
+        from runtime import engine
+
+        preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
+        if preload:
+            os.environ["LD_PRELOAD"] = preload
+        context = processes.context()
+        context.set_forkserver_preload(["runtime.template"])
+        arguments = (self._settings, listener, channel, self._lifecycle.started)
+        process = context.Process(target=engine.serve, args=arguments, name="api")
+        process.start()
+        return process
 
     async def _fetch(self, process: subprocess.Popen[str]) -> bool:
         """Wait until the model is there. The pipe tells: the exit code goes to whoever reaps first."""
@@ -242,12 +253,16 @@ class Supervisor:
             return
         self._front.close()
         self._lifecycle.move(State.READY)
-        self._shared_memory |= processes.shared_memory(os.getpid())
         self._channel.send(("accept", self._lifecycle.events))
+        self._spawn(self._note_shared_memory())
         ready_at = self._lifecycle.ready_at or now()
         _log(breakdown(self._lifecycle.events, self._lifecycle.started, ready_at))
         if spans.wanted():
             self._export_spans(ready_at)
+
+    async def _note_shared_memory(self) -> None:
+        """While the engine still has it mapped: killed processes do not tell."""
+        self._shared_memory |= await asyncio.to_thread(processes.shared_memory, os.getpid())
 
     def _export_spans(self, ready_at: float) -> None:
         snapshot = self._lifecycle.snapshot()
@@ -296,13 +311,16 @@ class Supervisor:
         self._reason = f"{reason}. Raise --drain-timeout, and the orchestrator's grace period above it."
 
     async def _watch_progress(self) -> None:
-        """End a start that hangs: every message of a phase counts as progress."""
-        limit = self._settings.phase_timeout
+        """End a start that hangs. Every message of any phase is progress; the phase that began last sets the
+        limit, since those that began before it wait for it or have their turn when it is over.
+        """
+        deadlines = self._settings.phase_timeout
         self._progress = time.monotonic()
         while self._lifecycle.state is State.STARTING:
-            await asyncio.sleep(min(1.0, limit / 4))
+            await asyncio.sleep(min(1.0, deadlines.shortest / 4))
+            current = self._lifecycle.current
+            limit = deadlines.seconds(current.phase if current else None)
             if time.monotonic() - self._progress > limit and self._lifecycle.state is State.STARTING:
-                current = self._lifecycle.current
                 where = f"{current.phase.value} {current.detail}".strip() if current else "between two phases"
                 await self._fail(f"no progress for {limit:g} s in {where}")
 

@@ -105,13 +105,16 @@ def damaged_model(kind: str, folder: Path) -> str:
     return str(path)
 
 
-def reached(startup: tuple[int, Any], when: str) -> bool:
-    """Whether this answer of /startup has got to the phase `when`, running or already over."""
+def reached(startup: tuple[int, Any], when: str, pid1: int) -> bool:
+    """Whether this answer of /startup has got to the phase `when`, running or already over.
+
+    PID 1 binds and reads settings before anybody can ask: any other phase is one of another process.
+    """
     status, body = startup
     if when == SERVING:
         return status == 200
-    names = [item["phase"] for item in body["phases"] + body["running"]]
-    return when in names
+    rows = [row for row in body["phases"] + body["running"] if row["pid"] != pid1 or when == "server_bind"]
+    return when in [row["phase"] for row in rows]
 
 
 def pid_of(role: str, body: Any) -> int:
@@ -123,9 +126,45 @@ def pid_of(role: str, body: Any) -> int:
 
 
 def act(action: str, process: subprocess.Popen[bytes], body: Any) -> None:
-    """action: "SIGTERM" to the runtime, or "SIGKILL EngineCore" and the like to one of its processes."""
-    name, _, role = action.partition(" ")
-    os.kill(pid_of(role, body) if role else process.pid, getattr(signal, name))
+    """action: "SIGTERM" to the runtime, "SIGKILL EngineCore" and the like to one of its processes,
+    "FILL FOLDER", "EXHAUST MEMORY OF EngineCore"; several are separated by "; ".
+    """
+    for step in action.split("; "):
+        name, _, what = step.partition(" ")
+        if name == "FILL":
+            fill(Path(what))
+        elif name == "EXHAUST":
+            exhaust(pid_of(what.rpartition(" ")[2], body))
+        else:
+            os.kill(pid_of(what, body) if what else process.pid, getattr(signal, name))
+
+
+FILLER = "filled-by-a-test"
+
+
+def fill(folder: Path) -> None:
+    with contextlib.suppress(OSError), (folder / FILLER).open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 20))
+
+
+def exhaust(victim: int) -> None:
+    """Take all memory that the container may have, with `victim` the first that the kernel ends for it."""
+    Path(f"/proc/{victim}/oom_score_adj").write_text("1000")
+    hog = "import sys, time; hold = []\nwhile True: hold.append(bytearray(b'x') * (16 << 20))"
+    hogs.append(subprocess.Popen([sys.executable, "-c", hog]))
+
+
+hogs: list[subprocess.Popen[bytes]] = []
+
+
+def clean() -> None:
+    """What the test itself has put there."""
+    for folder in ("/dev/shm", "/tmp"):
+        (Path(folder) / FILLER).unlink(missing_ok=True)
+    while hogs:
+        hogs[-1].kill()
+        hogs.pop().wait()
 
 
 def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -141,8 +180,9 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
     assert process.stdout is not None
     reader = threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True)
     reader.start()
-    when = scenario.get("when")
-    acted_at: float | None = None
+    when, act_on = scenario.get("when"), scenario.get("act")
+    # When it was done, or when the phase in which it shows had begun.
+    fault_at: float | None = None
     healths: set[int] = set()
     details: set[str] = set()
     resident = 0
@@ -152,30 +192,32 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
         if time.monotonic() - begun > LIMIT:
             process.kill()
         startup = get("/startup")
-        if startup and acted_at is None:
+        if startup and fault_at is None:
             details.add(startup[1]["detail"])
             with contextlib.suppress(OSError, StopIteration):
                 status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 rss = next(line for line in status if line.startswith("VmHWM"))
                 resident = max(resident, int(rss.split()[1]))
-            if when and reached(startup, when):
+            if when and reached(startup, when, process.pid):
                 phases = startup[1]["phases"]
                 answer = complete() if when == SERVING else None
-                act(scenario["act"], process, startup[1])
-                acted_at = time.monotonic()
+                if act_on:
+                    act(act_on, process, startup[1])
+                fault_at = time.monotonic()
         health = get("/health")
         if health:
             healths.add(health[0])
         time.sleep(0.02)
     ended = time.monotonic()
+    clean()
     reader.join(10)
     after = traces()
     log = b"".join(lines).decode(errors="replace")
     return {
         "name": scenario["name"],
         "code": process.returncode,
-        "acted": acted_at is not None,
-        "seconds": round(ended - (acted_at or begun), 2),
+        "reached": fault_at is not None,
+        "seconds": round(ended - (fault_at or begun), 2),
         "last_line": log.rstrip().rpartition("\n")[2],
         "log": log[-6000:],
         "healths": sorted(healths),

@@ -14,50 +14,98 @@ from builder.docker_engine import CONTAINER_PREFIX
 from tests.image.test_shutdown import NOTHING
 from tests.models import write_llama
 
-# Nothing else may take so long on a slow machine; the fault itself is noticed after this time.
-_HANG_SECONDS = "30"
+_HANG_SECONDS = 30
 _DAMAGED = "The weights are damaged or do not fit config.json: copy them again, or build the image again."
+_DEAD = ("the engine core or a worker of it died", "output above")
+_MORE_MEMORY = "Raise the container's memory limit"
 
 
-def _check(results: dict[str, Any], expected: dict[str, tuple[str, str]]) -> None:
+def _check(results: dict[str, Any], expected: dict[str, tuple[str, str]], code: int = 1) -> None:
     """expected: by scenario, what the last line holds: the reason, and the next step."""
     for name, (reason, step) in expected.items():
         result = results[name]
-        assert result["code"] == 1, (name, result["log"])
-        assert result["last_line"].startswith("coldstart: exit 1: failed: "), (name, result["log"])
+        assert result["reached"], (name, result["log"])
+        assert result["code"] == code, (name, result["log"])
+        failed = "failed: " if code == 1 else ""
+        assert result["last_line"].startswith(f"coldstart: exit {code}: {failed}"), (name, result["log"])
         assert reason in result["last_line"], (name, result["log"])
         assert step in result["last_line"], name
-        assert 503 in result["healths"], name
+        assert 503 in result["healths"] or code != 1, name
         assert result["left"] == NOTHING, name
         assert result["zombies"] == [], name
 
 
-def test_damaged_weights_hangs_and_killed_processes(plain: Any, bare: Callable[..., dict[str, Any]]) -> None:
+def test_damaged_weights(plain: Any, bare: Callable[..., dict[str, Any]]) -> None:
     results = bare(
         plain["tag"],
         [
-            {"name": "truncated", "model": "truncated"},
-            {"name": "corrupt", "model": "corrupt"},
-            {"name": "unreadable", "model": "unreadable"},
-            {
-                "name": "hang",
-                "when": "tokenizer_init",
-                "act": "SIGSTOP api",
-                "environment": {"COLDSTART_PHASE_TIMEOUT": _HANG_SECONDS},
-            },
-            {"name": "core killed", "when": "ready to serve", "act": "SIGKILL EngineCore"},
-            {"name": "api killed", "when": "ready to serve", "act": "SIGKILL api"},
-            {"name": "template killed", "when": "engine_import", "act": "SIGKILL template"},
+            {"name": "truncated", "model": "truncated", "when": "weight_load"},
+            {"name": "corrupt", "model": "corrupt", "when": "weight_load"},
+            {"name": "unreadable", "model": "unreadable", "when": "config_parse"},
         ],
     )
     expected = {
         "truncated": ("weight_load failed: SafetensorError", _DAMAGED),
         "corrupt": ("index-sized integer", _DAMAGED),
         "unreadable": ("Permission denied", "chmod a+r"),
-        "hang": (f"no progress for {_HANG_SECONDS} s", "raise COLDSTART_PHASE_TIMEOUT"),
-        "core killed": ("the engine core or a worker of it died", "output above"),
-        "api killed": ("the engine was killed by SIGKILL", "memory limit"),
+    }
+    _check(results, expected)
+
+
+def test_killed_and_hanging_processes(plain: Any, bare: Callable[..., dict[str, Any]]) -> None:
+    serving = "ready to serve"
+    # Import and weights get no more than they need; a stopped process makes no progress in either.
+    hang = {"COLDSTART_PHASE_TIMEOUT": f"600,tokenizer_init={_HANG_SECONDS},engine_init={_HANG_SECONDS}"}
+    no_time = {"COLDSTART_DRAIN_DELAY": "0", "COLDSTART_DRAIN_TIMEOUT": "0"}
+    results = bare(
+        plain["tag"],
+        [
+            {"name": "hang", "when": "tokenizer_init", "act": "SIGSTOP api", "environment": hang},
+            {"name": "core killed", "when": serving, "act": "SIGKILL EngineCore"},
+            {"name": "core killed early", "when": "weight_load", "act": "SIGKILL EngineCore"},
+            {"name": "api killed", "when": serving, "act": "SIGKILL api"},
+            {"name": "api killed early", "when": "tokenizer_init", "act": "SIGKILL api"},
+            {"name": "template killed", "when": "engine_import", "act": "SIGKILL template"},
+            {"name": "deaf", "when": serving, "act": "SIGSTOP api; SIGTERM", "environment": no_time},
+        ],
+    )
+    api = ("the engine was killed by SIGKILL", "memory limit")
+    expected = {
+        "hang": (f"no progress for {_HANG_SECONDS} s in ", "--phase-timeout PHASE=SECONDS"),
+        "core killed": _DEAD,
+        "core killed early": ("the engine core or a worker of it died", "output above"),
+        "api killed": api,
+        "api killed early": api,
         "template killed": ("the process that imports vLLM died", "output above"),
+    }
+    _check(results, expected)
+    _check(results, {"deaf": ("the engine did not stop in time", "Raise --drain-timeout")}, code=6)
+
+
+def test_out_of_memory_while_serving(plain: Any, bare: Callable[..., dict[str, Any]]) -> None:
+    """The kernel ends the engine core because another process of the container took what was left."""
+    scenario = {"name": "memory", "when": "ready to serve", "act": "EXHAUST MEMORY OF EngineCore"}
+    results = bare(plain["tag"], [scenario], "--memory", "3g", "--memory-swap", "3g")
+    _check(results, {"memory": ("which is out of memory: the engine core", _MORE_MEMORY)})
+
+
+def test_full_disk_and_full_shared_memory(tiny: Any, bare: Callable[..., dict[str, Any]]) -> None:
+    """Enough of it when preflight looks, none when the engine wants it."""
+    two = {
+        "arguments": ["--tensor-parallel-size", "2"],
+        "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"},
+    }
+    results = bare(
+        tiny["tag"],
+        [
+            {"name": "disk", "when": "engine_import", "act": "FILL /tmp"},
+            {"name": "shared memory", "when": "engine_import", "act": "FILL /dev/shm", **two},
+        ],
+        *("--shm-size", "1g", "--tmpfs", "/tmp:exec,size=20m"),
+    )
+    expected = {
+        "disk": ("No space left on device", "Free the disk"),
+        "shared memory": ("/dev/shm", "--shm-size"),
     }
     _check(results, expected)
 
@@ -97,8 +145,7 @@ def test_two_workers_serve_and_a_killed_one_ends_the_server(
     assert stopped["answer"]["usage"]["completion_tokens"] == 4
     loads = {event["process"] for event in stopped["phases"] if event["phase"] == "weight_load"}
     assert loads == {"worker 0", "worker 1"}
-    dead = ("the engine core or a worker of it died", "output above")
-    _check(results, {"worker killed": dead, "core killed": dead})
+    _check(results, {"worker killed": _DEAD, "core killed": _DEAD})
 
 
 def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, str]:
@@ -119,7 +166,7 @@ def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, s
             ["--memory", "300m", "--memory-swap", "300m"],
             [],
             1,
-            ["out of memory", "Raise the container's memory limit"],
+            ["out of memory", _MORE_MEMORY],
         ),
         (["--read-only"], [], 3, ["/tmp is not writable", "--tmpfs /tmp"]),
         (
@@ -128,10 +175,10 @@ def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, s
             3,
             ["/dev/shm", "--shm-size 1g"],
         ),
-        (["--tmpfs", "/tmp:size=4k"], [], 1, ["No space left on device", "Free the disk"]),
+        (["--tmpfs", "/tmp:nr_inodes=1"], [], 1, ["cannot make a temporary folder", "Free the disk"]),
         ([], ["--max-model-len", "many"], 2, ["does not accept", "Mend the arguments"]),
     ],
-    ids=["memory", "read-only", "shared memory", "disk", "arguments"],
+    ids=["memory", "read-only", "shared memory", "no folder", "arguments"],
 )
 def test_what_the_container_lacks_is_told_in_the_last_line(
     tiny: Any, flags: list[str], arguments: list[str], code: int, words: list[str]
