@@ -155,7 +155,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
         name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS, folder: Path | None = None
     ) -> Any:
         tag = f"{PREFIX}/{name}"
-        flags = ("--no-prewarm", *flags)
+        flags = ("--no-prewarm", "--optimize", "startup", *flags)
         done = coldstart(
             *("build", str(folder or model), "--base", base, "-t", tag, "--json", *flags), "--", *engine_args
         )
@@ -188,6 +188,22 @@ def start(engine: DockerEngine) -> Iterator[Callable[..., Container]]:
         return containers[-1]
 
     yield run
+    for container in containers:
+        container.remove()
+
+
+@pytest.fixture
+def run(engine: DockerEngine) -> Iterator[Callable[..., Container]]:
+    """run(options, image, arguments) -> a container of `docker run`, removed after the test."""
+    containers: list[Container] = []
+
+    def start(options: tuple[str, ...], image: str, arguments: tuple[str, ...] = ()) -> Container:
+        name = f"{CONTAINER_PREFIX}{uuid.uuid4().hex[:12]}"
+        containers.append(Container(engine._client, name, time.time()))
+        _docker("run", "-d", "--name", name, "-p", "127.0.0.1::8000", *options, image, *arguments)
+        return containers[-1]
+
+    yield start
     for container in containers:
         container.remove()
 

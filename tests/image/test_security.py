@@ -6,15 +6,13 @@ import http.client
 import json
 import random
 import subprocess
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
+from builder.docker_engine import Container
 from tests.image.conftest import wait_ready, wait_until
 
 RECEIVER = Path(__file__).parent / "otlp_receiver.py"
@@ -28,24 +26,6 @@ RESTRICTED = (
 
 def _docker(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.fixture
-def run(engine: DockerEngine) -> Iterator[Callable[..., Container]]:
-    """run(options, image, arguments) -> a container of `docker run`, removed after the test."""
-    containers: list[Container] = []
-
-    def start(options: tuple[str, ...], image: str, arguments: tuple[str, ...] = ()) -> Container:
-        name = f"{CONTAINER_PREFIX}{uuid.uuid4().hex[:12]}"
-        containers.append(Container(engine._client, name, time.time()))
-        publish = ("-p", "127.0.0.1::8000")
-        done = _docker("run", "-d", "--name", name, *publish, *options, image, *arguments)
-        assert done.returncode == 0, done.stderr
-        return containers[-1]
-
-    yield start
-    for container in containers:
-        container.remove()
 
 
 @pytest.mark.parametrize(

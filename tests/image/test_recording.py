@@ -1,0 +1,179 @@
+"""Compiled code is baked, used where it fits and answers right, and never else: real vLLM, real compiling."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from builder.docker_engine import Container, DockerEngine
+from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, get, wait_ready
+
+ANSWER = "The capital of France is Paris."
+RECORDING = "/opt/coldstart/state/recordings/*/recording.json"
+READ_ONLY = ("--read-only", "--cap-drop", "ALL", "--user", "12345:0")
+
+
+@pytest.fixture(scope="module")
+def balanced(build: Callable[..., Any]) -> Any:
+    """As `coldstart build` makes it when nothing else is asked for."""
+    return build("smollm2:balanced", "--prewarm", "--optimize", "balanced")
+
+
+@pytest.fixture
+def derived(engine: DockerEngine) -> Iterator[Callable[[str, str], str]]:
+    """derived(image, shell command) -> an image that is it after root ran the command."""
+    tags: list[str] = []
+
+    def make(image: str, command: str) -> str:
+        tags.append(f"{PREFIX}/derived:{len(tags)}")
+        dockerfile = f"FROM {image}\nUSER root\nRUN {command}\nUSER 2000:0\n"
+        subprocess.run(
+            ["docker", "build", "-q", "-t", tags[-1], "-"],
+            input=dockerfile.encode(),
+            capture_output=True,
+            timeout=300,
+            check=True,
+        )
+        return tags[-1]
+
+    yield make
+    for tag in tags:
+        engine.remove_image(tag)
+
+
+def recording(container: Container) -> Any:
+    return get(container, "/startup").json["recording"]
+
+
+def hits(container: Container) -> dict[str, str]:
+    lines = get(container, "/metrics").body.decode().splitlines()
+    found = (line for line in lines if line.startswith("coldstart_cache_hit{"))
+    return {line.split('"')[1]: line.rsplit(" ", 1)[1] for line in found}
+
+
+def test_the_build_says_what_it_tried_and_why_it_chose(balanced: Any) -> None:
+    """bf16 begins one answer with the other of two tokens that it cannot tell apart; float32 can."""
+    report = balanced["recording"]
+    modes = {mode["mode"]: mode for mode in report["modes"]}
+    assert modes["eager"]["tokens_per_second"] > 0
+    compiled = modes["compiled"]
+    if not compiled["golden"]["ok"]:  # on the processors where bf16 is computed so
+        assert "begin with another token" in compiled["golden"]["says"]
+        assert modes["compiled float32"]["golden"]["ok"]
+    assert report["chosen"] in ("compiled", "compiled float32")
+    assert report["against_eager"] >= 0.2
+    assert report["golden"]["ok"]
+    assert report["golden"]["prompts"] >= 32
+    assert report["loaded"] == ["loaded from the cache"]
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ((), ()),
+        ((*READ_ONLY, "--tmpfs", "/tmp:exec"), ()),
+        ((), ("--log-format", "json", "--uvicorn-log-level", "warning")),
+    ],
+)
+def test_what_was_compiled_is_loaded(
+    options: tuple[str, ...], arguments: tuple[str, ...], balanced: Any, run: Callable[..., Container]
+) -> None:
+    container = run(options, balanced["tag"], arguments)
+    wait_ready(container)
+    assert recording(container)["status"] == "used"
+    assert hits(container) | {"imports": ""} == {"recording": "1.0", "compile": "1.0", "imports": ""}
+    assert "Directly load AOT compilation from path" in container.logs()
+    assert ask(container)["chat"] == ANSWER
+
+
+def test_verify_shows_the_hit_and_the_answers(balanced: Any, derived: Callable[[str, str], str]) -> None:
+    done = coldstart("verify", balanced["tag"], "--json")
+    assert done.code == 0, done.err
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert "Directly load AOT compilation from path" in checks["compiled code"]["found"]
+    assert checks["answers"]["ok"]
+    assert checks["starts"]["ok"]
+    damaged = derived(balanced["tag"], f"sed -i s/avx512/avx513/g {RECORDING}")
+    done = coldstart("verify", damaged, "--json")
+    assert done.code == 6
+    failed = [check["name"] for check in done.json["checks"] if not check["ok"]]
+    assert failed == ["recording"]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "arguments", "reason"),
+    [
+        (f"sed -i 's/avx2/avx2 amx_tile/' {RECORDING}", (), (), "processor: here without amx_tile"),
+        (f"sed -i 's/x86_64\\|aarch64/riscv/' {RECORDING}", (), (), "processor"),
+        (f"sed -i '1,5d' {RECORDING}", (), (), "is damaged"),
+        ("find /opt/coldstart/state -name model -exec sed -i 's/a/b/' {} +", (), (), "is damaged"),
+        ("find /opt/coldstart/state -name model -exec truncate -s 1000 {} +", (), (), "is damaged"),
+        ("find /opt/coldstart/state -name model -delete", (), (), "cannot be copied"),
+        ("", (*READ_ONLY, "--tmpfs", "/tmp"), (), "noexec"),
+        ("", (*READ_ONLY, "--tmpfs", "/tmp:exec,size=3m"), (), "cannot be copied"),
+        ("", ("-e", "VLLM_USE_AOT_COMPILE=0"), (), "VLLM_USE_AOT_COMPILE"),
+        ("", (), ("--max-num-seqs", "8"), "engine arguments"),
+        ("", (), ("--off", "recording"), "--off"),
+    ],
+)
+def test_what_does_not_fit_is_not_used_and_the_server_is_ready_all_the_same(
+    change: str,
+    options: tuple[str, ...],
+    arguments: tuple[str, ...],
+    reason: str,
+    balanced: Any,
+    derived: Callable[[str, str], str],
+    run: Callable[..., Container],
+) -> None:
+    image = derived(balanced["tag"], change) if change else balanced["tag"]
+    container = run(options, image, arguments)
+    wait_ready(container)
+    said = recording(container)
+    assert (said["status"], said["mode"]) == ("unused", "eager")
+    assert reason in said["reason"]
+    assert f"what was recorded is not used: {said['reason']}" in container.logs()
+    assert hits(container)["recording"] == "0.0"
+    assert ask(container)["chat"] == ANSWER
+
+
+def test_an_image_carries_recordings_for_several_machines(
+    balanced: Any, derived: Callable[[str, str], str], run: Callable[..., Container]
+) -> None:
+    state = "/opt/coldstart/state/recordings"
+    other = derived(
+        balanced["tag"],
+        f"cp -r {state}/* {state}/other && sed -i 's/avx2/avx2 amx_tile/' {state}/other/recording.json",
+    )
+    container = run((), other)
+    wait_ready(container)
+    assert recording(container)["status"] == "used"
+
+
+def test_a_numeric_defect_in_compiled_code_is_refused(
+    model: str, base: str, engine: DockerEngine, derived: Callable[[str, str], str]
+) -> None:
+    """The base's Llama, changed so that only the compiled one scales what a layer gives by 3 %."""
+    change = (
+        "import pathlib, sysconfig; "
+        "p = pathlib.Path(sysconfig.get_path('purelib'), 'vllm/model_executor/models/llama.py'); "
+        "s = p.read_text(); line = 'hidden_states = self.mlp(hidden_states)'; assert line in s; "
+        "p.write_text(s.replace(line, line + ' * (1.03 if torch.compiler.is_compiling() else 1.0)'))"
+    )
+    wrong = f'python3 -c "{change}"'
+    seeded = derived(base, wrong)
+    tag = f"{PREFIX}/seeded:1"
+    done = coldstart(
+        *("build", model, "--base", seeded, "-t", tag, "--json"),
+        *("--", *ENGINE_ARGS, "--dtype", "bfloat16"),
+    )
+    engine.remove_image(tag)
+    assert done.code == 0, done.err
+    report = done.json["recording"]
+    compiled = next(mode for mode in report["modes"] if mode["mode"] == "compiled")
+    assert not compiled["golden"]["ok"]
+    assert compiled["tokens_per_second"] is None
+    assert report["chosen"] == "eager"
+    assert "answers differently" in done.err
