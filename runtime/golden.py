@@ -235,6 +235,12 @@ def _chat(url: str, model: str, question: str) -> Answer:
     )
 
 
+def get(url: str) -> Any:
+    """Raises as `post` does."""
+    with urllib.request.urlopen(url, timeout=_REQUEST_SECONDS) as answer:  # noqa: S310 - of ours
+        return json.load(answer)
+
+
 def post(url: str, body: dict[str, Any]) -> Any:
     """Raises urllib.error.HTTPError where the server refuses, OSError where none answers."""
     headers = {"Content-Type": "application/json"}

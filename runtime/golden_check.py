@@ -6,21 +6,17 @@ Prints one JSON object; for `coldstart verify`, and for whoever wonders whether 
 from __future__ import annotations
 
 import json
-import urllib.request
 from typing import Any
 
 from runtime import golden, state
 from runtime.health import pid1_url
 from runtime.settings import Manifest
 
-_SECONDS = 30
-
 
 def main(manifest: Manifest) -> int:
     """Exit code 0 where the answers are right, or where none are recorded; else 1."""
     url, model = pid1_url(manifest)
-    with urllib.request.urlopen(f"{url}/startup", timeout=_SECONDS) as answer:  # noqa: S310 - of ours
-        startup: dict[str, Any] = json.load(answer)
+    startup: dict[str, Any] = golden.get(f"{url}/startup")
     recording = startup["recording"]
     said: dict[str, Any] | None = None
     path = state.folder() / state.RECORDINGS / recording.get("key", "") / golden.FILE

@@ -1,0 +1,107 @@
+"""How much do right implementations differ? The limits of runtime/golden.py come from this.
+
+    python -m benchmarks.golden_tolerance IMAGE RESULT.json
+
+IMAGE is a CPU image of ours. Its golden prompts are answered by four starts: eager; eager with one request
+at a time, so that only the batches differ; eager in float32; compiled. Every pair is compared, and what the
+same engine does to itself is what rounding alone does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from builder.docker_engine import DockerEngine
+
+_READY_SECONDS = 900
+_COMPILED = ("--no-enforce-eager",)
+_STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
+    ("eager", (), 8),
+    ("eager, one at a time", (), 1),
+    ("eager float32", ("--dtype", "float32"), 8),
+    ("compiled", _COMPILED, 8),
+)
+# Inside the image, with the image's own runtime.
+_ASK = """
+import json, sys
+from dataclasses import asdict
+from runtime import golden
+golden._AT_ONCE = int(sys.argv[1])
+url = "http://127.0.0.1:8000"
+model = golden.get(f"{url}/v1/models")["data"][0]["id"]
+answers = golden.ask(url, model, chat=golden.has_chat(url, model))
+print(json.dumps([asdict(answer) for answer in answers]))
+"""
+
+
+def answers(engine: DockerEngine, image: str, arguments: Sequence[str], at_once: int) -> Any:
+    environment = {"TORCH_COMPILE_DISABLE": "0"} if _COMPILED[0] in arguments else {}
+    container = engine.start(
+        image,
+        arguments=["--off", "recording", *arguments],
+        network="none",
+        publish=False,
+        environment=environment,
+    )
+    try:
+        if not container.wait_for(["python3", "-m", "runtime", "health"], _READY_SECONDS):
+            raise SystemExit(container.logs()[-2000:])
+        code, output = container.run(["python3", "-c", _ASK, str(at_once)])
+        if code:
+            raise SystemExit(output)
+        return json.loads(output.strip().splitlines()[-1])
+    finally:
+        container.remove()
+
+
+def compare(left: Any, right: Any) -> dict[str, Any]:
+    """As golden.compare does, with every tie kept: natural logarithms, largest first."""
+    ties, differences, begun, same = [], [], 0, 0
+    for a, b in zip(left, right, strict=True):
+        for step, (mine, other) in enumerate(zip(a["tokens"], b["tokens"], strict=False)):
+            here, there = a["top"][step], b["top"][step]
+            if mine != other:
+                begun += step == 0
+                sides = ((here, mine, other), (there, other, mine))
+                gaps = [likely[x] - likely[y] for likely, x, y in sides if y in likely]
+                ties.append(round(max(gaps), 4) if len(gaps) == 2 else math.inf)
+                break
+            differences.append(abs(here[mine] - there[mine]))
+        else:
+            same += 1
+    return {
+        "prompts": len(left),
+        "same": same,
+        "begun_differently": begun,
+        "tokens_compared": len(differences),
+        "mean": round(sum(differences) / len(differences), 5),
+        "ties": sorted(ties, reverse=True),
+    }
+
+
+def main(image: str, result: Path) -> None:
+    engine = DockerEngine()
+    made = {name: answers(engine, image, arguments, at_once) for name, arguments, at_once in _STARTS}
+    pairs = [
+        {"left": left, "right": right, **compare(made[left], made[right])}
+        for left, right in itertools.combinations(made, 2)
+    ]
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    data = {"schema": 1, "image": image, "time": time, "pairs": pairs}
+    result.write_text(json.dumps(data, indent=1) + "\n")
+    for pair in pairs:
+        print(
+            f"{pair['left']:22} {pair['right']:22} same {pair['same']:2} "
+            f"begun differently {pair['begun_differently']} mean {pair['mean']:.4f} ties {pair['ties'][:3]}"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
