@@ -121,8 +121,8 @@ def torchvision(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """torchvision without its compiled operators: they do not fit a torch for CPUs, and text needs none."""
     folder = tmp_path_factory.mktemp("torchvision")
     folder.chmod(0o755)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder / "packages"]
-    subprocess.run([*pip, "torchvision==0.28.*"], check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, "--target", folder / "packages", "torchvision==0.28.*"], check=True)
     (folder / "packages" / "torchvision" / "_meta_registrations.py").write_text("")
     return folder / "packages"
 
@@ -190,7 +190,7 @@ def test_fp8_weights_are_the_nearest_that_the_format_has(models: Path, tmp_path:
     quantized = [name for name, (dtype, _) in after.items() if dtype == "F8_E4M3"]
     assert len(quantized) == 2 * 7
     for name in quantized:
-        shape = weights.get_slice(name).get_shape()
+        shape = weights.get_slice(name).get_shape()  # type: ignore[no-untyped-call]
         original = _bfloat16(before[name][1]).reshape(shape)
         scale = _bfloat16(after[f"{name}_scale"][1]).reshape(shape[0], 1)
         largest = np.abs(original).max(axis=1, keepdims=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,14 @@ def test_code_of_the_repository_runs_at_the_build_without_token_network_or_root(
     try:
         assert built.code == 5
         assert "was built, but does not start here" in built.err
-        said = json.loads(built.err.split("SEEN ")[1].split(" NEES")[0].replace("\n", ""))
-        assert said == {"user": 2000, "interfaces": ["lo"], "secrets": [], "capabilities": ["0" * 16]}
+        said = re.search(r"SEEN (\{.*?\}) NEES", built.err)
+        assert said, built.err
+        assert json.loads(said[1]) == {
+            "user": 2000,
+            "interfaces": ["lo"],
+            "secrets": [],
+            "capabilities": ["0" * 16],
+        }
     finally:
         labels = engine.require_image(tag).labels
         engine.remove_image(tag)

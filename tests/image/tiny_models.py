@@ -169,7 +169,8 @@ def shapes(model_type: str) -> dict[str, Any]:
     """What a configuration of this type says that says nothing."""
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[model_type]().to_dict()
+    described: dict[str, Any] = CONFIG_MAPPING[model_type]().to_dict()
+    return described
 
 
 if __name__ == "__main__":
