@@ -61,7 +61,7 @@ def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Containe
             container.signal("SIGTERM")
         if drains:
             wait_until(lambda: _metrics(container)["coldstart_draining"] == 1, container, seconds=30)
-            assert _metrics(container)["coldstart_in_flight_requests"] >= 4
+            assert _metrics(container)["coldstart_in_flight_requests"] > 0
             assert get(container, "/ready").status == 503
 
     target = Target(container.address(), 8000, "SmolLM2-135M-Instruct")
