@@ -605,7 +605,7 @@ KINDS: Mapping[str, tuple[Sequence[str], Callable[[Server], list[Document]]]] = 
     "kserve": (
         [
             "Needs KServe in its Standard mode (RawDeployment in older releases).",
-            f"{_PODS_CHECKED} are not, for no small package carries KServe's schema. {_NO_CLUSTER}",
+            f"{_PODS_CHECKED} against KServe's own. {_NO_CLUSTER}",
         ],
         _kserve,
     ),

@@ -111,6 +111,8 @@ def _root(container: Container) -> str:
 
 def _still(value: Any) -> Any:
     """An answer without what differs from one to the next."""
+    if isinstance(value, float):
+        return round(value, 3)
     if isinstance(value, dict):
         return {key: _still(item) for key, item in value.items() if key not in _VOLATILE}
     return [_still(item) for item in value] if isinstance(value, list) else value

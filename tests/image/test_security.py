@@ -38,6 +38,8 @@ def _docker(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("-e", "VLLM_SERVER_DEV_MODE=1"), (), 2, "VLLM_SERVER_DEV_MODE is set"),
         (("-e", "COLDSTART_API_KEY_FILE=/none"), (), 2, "cannot read the API keys in /none"),
         (("--read-only",), (), 3, "Add `--tmpfs /tmp:exec`"),
+        (("-e", "HOME=/root"), (), 3, "Add `--tmpfs /root:exec`"),
+        (("--tmpfs", "/models"), (), 3, "A volume mounted over it hides the baked files"),
         (("--memory", "1g"), (), 3, "Give it more with `--memory 4g`"),
         ((), ("--tensor-parallel-size", "2"), 3, "2 does not divide the model's 9 attention heads"),
         ((), ("--tensor-parallel-size", "3"), 3, "Add `--shm-size 1g`"),

@@ -143,6 +143,7 @@ def test_hand_over_in_a_storm_then_every_kind_of_route(plain: Any, start: Callab
     assert sum(tally.answers.values()) > 600
     _check_routes(container)
     _check_orphans_are_reaped(container)
+    _check_a_hung_server_is_seen(container)
 
 
 def _up(container: Container) -> bool:
@@ -184,6 +185,18 @@ def _check_routes(container: Container) -> None:
 def _check_orphans_are_reaped(container: Container) -> None:
     assert container.run(["sh", "-c", "sleep 0.2 &"])[0] == 0
     wait_until(lambda: container.run(["sh", "-c", "grep -l sleep /proc/[0-9]*/comm"])[0] != 0, container)
+
+
+def _check_a_hung_server_is_seen(container: Container) -> None:
+    """By the image's own check, as by a liveness probe: nobody answers in time."""
+    check = ["python3", "-m", "runtime", "health"]
+    phases = get(container, "/startup").json["phases"]
+    pid = next(event["pid"] for event in phases if event["process"] == "api")
+    assert container.run(check)[0] == 0
+    container.run(["sh", "-c", f"kill -STOP {pid}"])
+    assert container.run(check)[0] == 1
+    container.run(["sh", "-c", f"kill -CONT {pid}"])
+    assert container.run(check)[0] == 0
 
 
 def test_port_in_use_is_told(plain: Any, start: Callable[..., Container]) -> None:

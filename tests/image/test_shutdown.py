@@ -11,7 +11,7 @@ import pytest
 from benchmarks.load import Target, shut_down_under_load
 from builder.docker_engine import Container
 from runtime.phases import Phase
-from tests.image.conftest import wait_ready
+from tests.image.conftest import get, wait_ready, wait_until
 
 NOTHING: dict[str, list[str]] = {"processes": [], "files": [], "shared_memory": [], "ports": []}
 # Those that last long enough to be seen under way; the signal comes when the phase has begun.
@@ -38,6 +38,12 @@ def test_sigterm_in_every_phase_ends_by_itself_and_leaves_nothing(
         assert 0 < result["resident_kib"] < 60_000, name
 
 
+def _metrics(container: Container) -> dict[str, float]:
+    """Those without labels."""
+    lines = [line.split() for line in get(container, "/metrics").body.decode().splitlines()]
+    return {line[0]: float(line[1]) for line in lines if len(line) == 2 and line[0].startswith("coldstart_")}
+
+
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "no time", "second signal"])
 def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Container]) -> None:
     """Streams of 200 tokens, and short requests on new and kept connections all the while.
@@ -45,7 +51,7 @@ def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Containe
     With time to drain, nothing that was accepted is lost or cut short. Without, streams end with an error.
     """
     drains = how.startswith("SIG")
-    delay, timeout = ("0", "0") if how == "no time" else ("2", "240")
+    delay, timeout = ("0", "0") if how == "no time" else ("5", "240")
     container = start(plain["tag"], arguments=["--drain-delay", delay, "--drain-timeout", timeout])
     wait_ready(container)
 
@@ -53,6 +59,10 @@ def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Containe
         container.signal("SIGINT" if how == "SIGINT" else "SIGTERM")
         if how == "second signal":
             container.signal("SIGTERM")
+        if drains:
+            wait_until(lambda: _metrics(container)["coldstart_draining"] == 1, container, seconds=30)
+            assert _metrics(container)["coldstart_in_flight_requests"] > 0
+            assert get(container, "/ready").status == 503
 
     target = Target(container.address(), 8000, "SmolLM2-135M-Instruct")
     tally, code = asyncio.run(shut_down_under_load(target, terminate, lambda: container.wait(400)))

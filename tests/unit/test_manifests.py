@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from builder.spec import ImageSpec, load_spec
 from runtime import settings
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.lifecycle import Lifecycle
+from tests import kserve_schema
+from tests.kserve_schema import Schema
 from tests.unit.test_plan import lock
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -107,6 +111,15 @@ def as_pod(spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
 
 
+@pytest.fixture(scope="session")
+def kserve(tmp_path_factory: pytest.TempPathFactory) -> Schema:
+    """Of KServe's package, which wants a hundred others that its schema does not need."""
+    folder = tmp_path_factory.mktemp("kserve")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    subprocess.run([*command, f"kserve=={kserve_schema.RELEASE}"], check=True)
+    return Schema(folder / "kserve")
+
+
 def check_keda(document: dict[str, Any]) -> None:
     """The model drops fields that it does not know."""
     known = ScaledObject.model_validate(document).model_dump(by_alias=True, exclude_none=True)
@@ -140,6 +153,21 @@ def test_kubernetes_accepts_it(path: str) -> None:
             check_keda(document)
     for pod in pods(found):
         check_kubernetes(as_pod(pod))
+
+
+@pytest.mark.parametrize("options", [{}, {"replicas": 3, "gpus": 2, "api_key_secret": "key"}])
+def test_kserve_accepts_it(kserve: Schema, options: dict[str, Any]) -> None:
+    [runtime, service] = documents("kserve", **options)
+    assert list(kserve.problems(runtime, "V1alpha1ServingRuntime")) == []
+    assert list(kserve.problems(service, "V1beta1InferenceService")) == []
+    predictor = service["spec"]["predictor"]
+    predictor["minReplica"] = predictor.pop("minReplicas")
+    predictor["model"] = {"runtime": 3}
+    assert sorted(kserve.problems(service, "V1beta1InferenceService", "service")) == [
+        "service.spec.predictor.minReplica is unknown",
+        "service.spec.predictor.model.modelFormat is missing",
+        "service.spec.predictor.model.runtime is no str",
+    ]
 
 
 @pytest.mark.parametrize("path", [p for p, (kind, _, _) in COMMITTED.items() if kind == "compose"])

@@ -194,9 +194,11 @@ def test_a_key_that_is_not_one_never_opens_the_server(tmp_path: Path) -> None:
 
 def test_print_config_says_where_each_value_came_from_and_hides_secrets() -> None:
     environ = {"COLDSTART_PORT": "9000", "VLLM_API_KEY": "k3y", "VLLM_X": "1"}
+    environ["COLDSTART_PHASE_TIMEOUT"] = "weight_load=3600"
     settings = load(["--max-model-len", "8", "--hf-token", "t0ken"], environ, MANIFEST)
     text = describe(settings, environ)
     rows = {row["name"]: row for row in json.loads(describe(settings, environ, as_json=True))}
+    assert rows["--phase-timeout"]["value"] == "600,weight_load=3600"
     assert (rows["--port"]["value"], rows["--port"]["from"]) == ("9000", "environment")
     assert (rows["--max-model-len"]["value"], rows["--max-model-len"]["from"]) == ("8", "flag")
     assert rows["--enforce-eager"]["from"] == "image"
@@ -276,6 +278,20 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
     record = json.loads(in_json.stderr)
     assert (in_json.returncode, record["level"], record["logger"]) == (2, "error", "coldstart")
     assert run(COLDSTART_DRIAN_DELAY="1").returncode == 2
+    (tmp_path / "damaged.json").write_text("{")
+    for words, argv, environ in (
+        ("is missing: this image was not made by", [], {"COLDSTART_MANIFEST": str(tmp_path / "none.json")}),
+        ("is damaged", [], {"COLDSTART_MANIFEST": str(tmp_path / "damaged.json")}),
+        ("cannot read the API keys in /none", ["--api-key-file", "/none"], {}),
+        ("are both set", [], {"COLDSTART_API_KEY": "a", "VLLM_API_KEY": "b"}),
+        ("did you mean weight_load?", ["--phase-timeout", "600,weight_laod=60"], {}),
+        ("seconds above 0", [], {"COLDSTART_PHASE_TIMEOUT": "soon"}),
+    ):
+        refused = run(*argv, **environ)
+        assert (refused.returncode, refused.stdout) == (2, "")
+        [line] = refused.stderr.splitlines()
+        assert line.startswith("coldstart: exit 2: ")
+        assert words in line
     shown = run("--print-config", "--max-model-len", "8", COLDSTART_API_KEY="k3y")
     assert shown.returncode == 0
     assert "--max-model-len" in shown.stdout
