@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of the README, on this machine, in one run: raw samples into benchmarks/results/.
-# Run it on a quiet machine, by `make bench`; half an hour on 2 cores.
+# Run it on a quiet machine, by `make bench`; 35 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -30,5 +30,3 @@ name=$results/default-$today
 coldstart bench "$DEFAULT" "$BF16" --runs "$SLOW_RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
 name=$results/ablation-$today
 coldstart bench ablate "$BF16" --runs "$RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
-OUT=$results/sampler-$today.json benchmarks/sampler_cost.sh "$BF16" "$RUNS"
-OUT=$results/bake-$today RUNS=3 benchmarks/bake_check.sh

@@ -136,10 +136,10 @@ def test_workers_each_have_their_own_stretches_and_who_waits_has_none() -> None:
 
 
 def test_on_cpu_compiling_is_told_by_its_warm_up() -> None:
-    """Lines of a start with vLLM's default arguments, two seconds apart."""
+    """Lines of a start of benchmarks/stock-default.Dockerfile, two seconds apart."""
     lines = """(APIServer pid=1) INFO non-default args: {}
 (EngineCore pid=9) INFO [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config
-(EngineCore pid=9) INFO [cpu_worker.py:260] Explicitly set (2.0/23.46) GiB for KV cache on node 0.
+(EngineCore pid=9) INFO [torch_utils.py:295] Reducing Torch threads from 2 to 1 for serving.
 (EngineCore pid=9) INFO [cpu_model_runner.py:87] Warming up model for the compilation...
 (EngineCore pid=9) INFO [cpu_model_runner.py:91] Warming up done.
 (EngineCore pid=9) INFO [kv_cache_utils.py:2327] CPU KV cache size: 93,184 tokens"""
