@@ -13,10 +13,11 @@ import subprocess
 import tempfile
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from runtime import faults, logs, prefetch, processes, spans, trace
+from runtime import faults, logs, prefetch, processes, spans, switches, trace
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
@@ -56,6 +57,7 @@ class Supervisor:
         self._exit_code = EXIT_OK
         self._reason = "stopped as asked"
         self._first_error = ""
+        self._no_fork = ""
         self._progress = time.monotonic()
         self._oom_kills = processes.oom_kills()
         self._shared_memory: set[Path] = set()
@@ -116,7 +118,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGCHLD, processes.reap)
-        with _event_socket(folder) as events:
+        with _event_socket(folder) as self._events:
+            events = self._events
             loop.add_reader(events.fileno(), self._on_event, events)
             starter = loop.create_task(self._start_engine(listener))
             watchdog = loop.create_task(self._watch_progress())
@@ -131,8 +134,6 @@ class Supervisor:
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:
-        from runtime import engine
-
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
@@ -140,6 +141,20 @@ class Supervisor:
         preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
         if preload:
             os.environ["LD_PRELOAD"] = preload
+        process = await self._start_process(listener)
+        if process is None:
+            return
+        assert self._channel is not None
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._channel.fileno(), self._on_message)
+        loop.add_reader(process.sentinel, self._on_engine_exit, process)
+        if fetching and await fetching and self._channel is not None:
+            self._channel.send(("fetched",))
+
+    async def _start_process(self, listener: socket.socket) -> BaseProcess | None:
+        """The API process, forked or, where that is not safe, spawned. None if it cannot be started."""
+        from runtime import engine
+
         context = processes.context()
         context.set_forkserver_preload(["runtime.template"])
         self._channel, theirs = multiprocessing.Pipe()
@@ -149,15 +164,19 @@ class Supervisor:
         try:
             await asyncio.to_thread(process.start)  # returns when the template has imported vLLM
         except (OSError, EOFError) as error:
-            if not self._exit.is_set():
+            self._on_event(self._events)  # what it said before it ended
+            if self._exit.is_set():
+                return None
+            if not self._no_fork or not Switch.TEMPLATE.on:
                 await self._fail(f"the process that imports vLLM died ({error!r})")
-            return
-        theirs.close()
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._channel.fileno(), self._on_message)
-        loop.add_reader(process.sentinel, self._on_engine_exit, process)
-        if fetching and await fetching and self._channel is not None:
-            self._channel.send(("fetched",))
+                return None
+            _log(f"forking is not safe, {self._no_fork}; every process imports vLLM by itself, which is slow")
+            switches.turn_off(Switch.TEMPLATE)
+            self._channel.close()
+            return await self._start_process(listener)
+        finally:
+            theirs.close()
+        return process
 
     async def _fetch(self, process: subprocess.Popen[str]) -> bool:
         """Wait until the model is there. The pipe tells: the exit code goes to whoever reaps first."""
@@ -181,6 +200,8 @@ class Supervisor:
                 self._lifecycle.begin(
                     Phase(begin["phase"]), begin["pid"], begin["start"], begin.get("detail", "")
                 )
+            elif "no_fork" in message:
+                self._no_fork = message["no_fork"]
             elif "error" in message:
                 self._first_error = self._first_error or message["error"]
             else:

@@ -12,7 +12,6 @@ import importlib
 import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -118,9 +117,13 @@ def _load() -> None:
             f"coldstart: this vLLM lacks {', '.join(missing)}; its start is slower or less visible",
             flush=True,
         )
-    if Switch.TEMPLATE.on and threading.active_count() != 1:
-        names = [thread.name for thread in threading.enumerate()]
-        print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)
+
+
+def _refuse_if_unsafe() -> None:
+    """End the template where forking it is not safe: PID 1 then has every process import vLLM itself."""
+    if reason := processes.why_not_fork():
+        trace.refuse_fork(reason)
+        os._exit(0)
 
 
 # Whether the image's record of transformers' imports fits this installation, for the API process's metrics.
@@ -141,8 +144,7 @@ def load() -> None:
 def _import_everything() -> None:
     """Start this process again without deferred imports: another vLLM may use what their list forbids."""
     print(f"{failure}coldstart: once more, with --off {Switch.DEFERRED_IMPORTS.label}", flush=True)
-    off = (os.environ.get(switches.VARIABLE, ""), Switch.DEFERRED_IMPORTS.label)
-    os.environ[switches.VARIABLE] = ",".join(filter(None, off))
+    switches.turn_off(Switch.DEFERRED_IMPORTS)
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - multiprocessing's descriptors are inherited
 
 
@@ -150,3 +152,5 @@ if multiprocessing.current_process().name == "MainProcess" and os.environ.get(tr
     load()
     if failure and any(isinstance(finder, deferred.Deferred) for finder in sys.meta_path):
         _import_everything()
+    if Switch.TEMPLATE.on:
+        _refuse_if_unsafe()

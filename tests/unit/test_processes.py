@@ -39,7 +39,7 @@ def test_shared_memory_of_killed_processes_is_known_and_semaphores_are_removed()
     segment, semaphore, left = _run(
         """
         import tempfile, textwrap
-        lock = processes.CONTEXT.Lock()  # a file until multiprocessing's resource tracker removes it
+        lock = processes.context().Lock()  # a file until multiprocessing's resource tracker removes it
         semaphore = "/dev/shm/sem." + lock._semlock.name.strip("/")
         assert os.path.exists(semaphore)
         name = tempfile.mktemp(prefix="coldstart-", dir="/dev/shm")
@@ -73,7 +73,7 @@ def test_a_process_that_starts_while_all_are_ended_is_ended_and_its_semaphores_a
         import threading
         from multiprocessing import resource_tracker
 
-        lock = processes.CONTEXT.Lock()
+        lock = processes.context().Lock()
         semaphore = "/dev/shm/sem." + lock._semlock.name.strip("/")
         pipe = resource_tracker.getfd()
         # What a forkserver does that is started by a thread while PID 1 ends: it holds the tracker's pipe.
