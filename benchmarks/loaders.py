@@ -49,7 +49,7 @@ LOADERS: Mapping[str, tuple[str, ...]] = {
 
 
 def make_model(folder: Path, tokenizer: Path, gib: float) -> int:
-    """A Llama of random bf16 weights, about `gib` GiB in shards of 1 GiB. Returns the bytes of its weights."""
+    """A Llama of random bf16 weights, about `gib` GiB in shards of 1 GiB. Returns their bytes."""
     folder.mkdir(mode=0o755)
     for path in tokenizer.iterdir():
         if path.suffix != ".safetensors" and path.is_file():
