@@ -99,6 +99,35 @@ def test_a_start_without_an_optimisation_answers_the_same(
     assert "lacks" not in log
 
 
+_READ_AHEAD = """
+import json
+from pathlib import Path
+from runtime import prefetch
+from runtime.settings import read_manifest
+
+manifest = read_manifest()
+budget = prefetch._budget()
+paths = [*prefetch._recorded(prefetch.STATE), *(f"{manifest.model_path}/{name}" for name in manifest.shards)]
+print(json.dumps({"budget": budget, "read": prefetch.read_ahead(paths, budget),
+                  "wanted": sum(Path(path).stat().st_size for path in paths)}))
+"""
+
+
+@pytest.mark.parametrize("limit", [256 << 20, 8 << 30])
+def test_read_ahead_stays_within_half_of_the_memory_limit(limit: int, plain: Any) -> None:
+    run = ["docker", "run", "--rm", "--network", "none", "--memory", str(limit), "--entrypoint", "python3"]
+    done = subprocess.run(
+        [*run, plain["tag"], "-c", _READ_AHEAD], capture_output=True, text=True, check=True, timeout=300
+    )
+    found = json.loads(done.stdout)
+    assert found["budget"] == limit // 2
+    assert found["wanted"] > 256 << 20
+    if limit == 8 << 30:
+        assert found["read"] == found["wanted"]
+    else:
+        assert 0 < found["read"] <= found["budget"]
+
+
 # Looks at the template at the very moment of each fork, and gives it a thread where that is asked for.
 _PROBE = """
 import json, os, sys, threading, time
