@@ -3,9 +3,9 @@
 vLLM's imports are thousands of small files and a few large libraries, read one after the other by one
 thread. From a cold disk it waits for each; read ahead, the waiting overlaps with the work.
 
-Small files are asked for, thousands at a time. Of a large one the kernel would read no more than its read-ahead
-window, 128 KiB on most disks, however much is asked for; so a second thread reads those itself, in order and
-without copying a byte.
+Small files are asked for, thousands at a time. Of a large one the kernel would read no more than its
+read-ahead window, 128 KiB on most disks, however much is asked for; so a second thread reads those itself, in
+order and without copying a byte.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def start(model: Path, files: Sequence[str], state: Path = STATE) -> threading.T
 
 
 def read_ahead(paths: Iterable[str], budget: int) -> int:
-    """Have files read until `budget` bytes are; returns how many were. Skips missing files.
+    """Have files read, `budget` bytes at most; returns how many were. Skips what is missing or does not fit.
 
     Returns when the last large file is in the page cache; small ones may still be under way.
     """
@@ -50,7 +50,7 @@ def read_ahead(paths: Iterable[str], budget: int) -> int:
             try:
                 size = os.fstat(descriptor).st_size
                 if asked + size > budget:
-                    break
+                    continue
                 asked += size
                 if size <= _SMALL_BYTES:
                     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
