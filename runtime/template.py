@@ -7,8 +7,10 @@ those only later, in the forked processes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
+import json
 import multiprocessing
 import os
 import sys
@@ -62,6 +64,16 @@ def _inspect_in_fork() -> None:
     registry._run_in_subprocess = processes.call_in_fork
 
 
+def _import_model(folder: Path) -> None:
+    """The module of the model's class: the API process looks at it, and the engine core makes one."""
+    import vllm.model_executor.models.registry as registry
+
+    # What cannot be imported now, or is downloaded later, is imported where an error of it is reported.
+    with contextlib.suppress(Exception):
+        for name in json.loads((folder / "config.json").read_text())["architectures"]:
+            importlib.import_module(registry.ModelRegistry.models[name].module_name)
+
+
 def _defer(recording: Path | None) -> None:
     """Have modules that the recorded start did not use imported later; while recording, all candidates."""
     if not Switch.DEFERRED_IMPORTS.on:
@@ -81,7 +93,8 @@ def _defer(recording: Path | None) -> None:
 def _load() -> None:
     # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
     os.setpgid(0, 0)
-    device = read_manifest().device
+    manifest = read_manifest()
+    device = manifest.device
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
     if Switch.GC_PAUSE.on:
@@ -104,6 +117,7 @@ def _load() -> None:
             _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
+        _import_model(Path(manifest.model_path))
     if recording:
         shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
     missing = trace.install(device)
