@@ -23,16 +23,14 @@ from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
 
-# What a served model needs in the API process, the engine core and the worker.
+# What a served model needs in the API process, the engine core and the worker. What only the HTTP app needs
+# is imported in the API process, while the engine core starts.
 _MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.engine.utils",
     "vllm.v1.worker.gpu_worker",
     "vllm.entrypoints.launchers.cli_args",
-    "vllm.entrypoints.launchers.app",
-    "vllm.entrypoints.launchers.api_server.app_state",
-    "vllm.entrypoints.generate.api_router",
 )
 _CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
