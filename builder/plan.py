@@ -115,6 +115,11 @@ class BuildPlan:
         return self.weights.tag if self.baked else self.base.reference
 
     @property
+    def compiles(self) -> bool:
+        """Whether the base's Python can run during the build: not where it is for another platform."""
+        return self.spec.platform is None
+
+    @property
     def own_folders(self) -> tuple[str, ...]:
         """Folders that the image's user, and any other of its group, may write."""
         return (MODELS_DIR, self.model_path) if self.spec.weights == "download" else ()

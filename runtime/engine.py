@@ -38,7 +38,10 @@ _FIRST_REQUEST_SECONDS = 1.0
 _ERROR_SECONDS = 1.0
 # What the engine core and its workers may take to release memory before they are killed.
 _SHUTDOWN_SECONDS = 5.0
-_ROUTES = (
+_APP = (
+    "vllm.entrypoints.launchers.app",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.generate.api_router",
     "vllm.entrypoints.serve",
     "vllm.entrypoints.serve.sagemaker.api_router",
     "vllm.entrypoints.serve.profile.api_router",
@@ -95,8 +98,6 @@ async def _serve(
         raise EngineFailedError("vLLM could not be imported, see the traceback above")
 
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-    from vllm.entrypoints.launchers.app import build_app
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -112,7 +113,7 @@ async def _serve(
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     if Switch.CORE_BESIDE_TOKENIZER.on:
-        shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_routes)
+        shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_app)
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -122,6 +123,9 @@ async def _serve(
     async with AsyncExitStack() as stack:
         stack.callback(engine.shutdown, timeout=_SHUTDOWN_SECONDS)
         with trace.span(Phase.READY):
+            from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+            from vllm.entrypoints.launchers.app import build_app
+
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
@@ -151,9 +155,9 @@ async def _serve(
     channel.send(("stopped", not requests.cut))
 
 
-def _import_routes() -> None:
-    """What vLLM imports only when it builds its routes."""
-    for name in _ROUTES:
+def _import_app() -> None:
+    """What vLLM needs to build its app, and imports only when it does."""
+    for name in _APP:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
 

@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.01
+# Of NVIDIA, AMD, and Intel's GPUs.
+_DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 # Of control groups version 2 and 1.
 _OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
 
@@ -78,6 +80,28 @@ _TEMPLATE, _SPAWNED = TemplateContext(), SpawnedContext()
 def context() -> TemplateContext | SpawnedContext:
     """What PID 1, and vLLM, start processes with."""
     return _TEMPLATE if Switch.TEMPLATE.on else _SPAWNED
+
+
+def why_not_fork() -> str:
+    """What makes a fork of this process unsafe; empty when nothing does.
+
+    A fork has one thread, so locks that others held stay locked: those of Python, OpenMP and ZeroMQ alike, so
+    every thread counts that the kernel knows. A GPU's context does not work in a fork.
+    """
+    threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+    if threads != 1:
+        return f"since importing vLLM started {threads - 1} thread{'s' if threads > 2 else ''}"
+    devices = open_devices()
+    return f"since importing vLLM opened {', '.join(devices)}" if devices else ""
+
+
+def open_devices() -> list[str]:
+    """GPU devices that this process has open."""
+    found = set()
+    for descriptor in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            found.add(str(descriptor.readlink()))
+    return sorted(path for path in found if path.startswith(_DEVICES))
 
 
 def call_in_fork(function: Callable[[], _T]) -> _T:

@@ -13,10 +13,11 @@ import subprocess
 import tempfile
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from runtime import faults, logs, modes, prefetch, processes, spans, state, trace
+from runtime import faults, logs, modes, prefetch, processes, spans, state, switches, trace
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
@@ -66,6 +67,7 @@ class Supervisor:
         self._exit_code = EXIT_OK
         self._reason = "stopped as asked"
         self._first_error = ""
+        self._no_fork = ""
         self._progress = time.monotonic()
         self._oom_kills = processes.oom_kills()
         self._shared_memory: set[Path] = set()
@@ -129,7 +131,8 @@ class Supervisor:
         if Switch.READ_AHEAD.on:
             prefetch.start(Path(manifest.model_path), shards)
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
-        with _event_socket(folder) as events:
+        with _event_socket(folder) as self._events:
+            events = self._events
             loop.add_reader(events.fileno(), self._on_event, events)
             starter = loop.create_task(self._start_engine(listener))
             watchdog = loop.create_task(self._watch_progress())
@@ -152,19 +155,34 @@ class Supervisor:
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
         processes.leave_hub(os.environ)
-        self._channel, theirs = multiprocessing.Pipe()
-        try:
-            process = await asyncio.to_thread(self._fork_engine, listener, theirs)
-        except (OSError, EOFError) as error:
-            if not self._exit.is_set():
-                await self._fail(f"the process that imports vLLM died ({error!r})")
+        process = await self._start_process(listener)
+        if process is None:
             return
-        theirs.close()
+        assert self._channel is not None
         loop = asyncio.get_running_loop()
         loop.add_reader(self._channel.fileno(), self._on_message)
         loop.add_reader(process.sentinel, self._on_engine_exit, process)
         if fetching and await fetching and self._channel is not None:
             self._channel.send(("fetched",))
+
+    async def _start_process(self, listener: socket.socket) -> BaseProcess | None:
+        """The API process, forked or, where that is not safe, spawned. None if it cannot be started."""
+        self._channel, theirs = multiprocessing.Pipe()
+        try:
+            return await asyncio.to_thread(self._fork_engine, listener, theirs)
+        except (OSError, EOFError) as error:
+            self._on_event(self._events)  # what it said before it ended
+            if self._exit.is_set():
+                return None
+            if not self._no_fork or not Switch.TEMPLATE.on:
+                await self._fail(f"the process that imports vLLM died ({error!r})")
+                return None
+            _log(f"forking is not safe, {self._no_fork}; every process imports vLLM by itself, which is slow")
+            switches.turn_off(Switch.TEMPLATE)
+            self._channel.close()
+            return await self._start_process(listener)
+        finally:
+            theirs.close()
 
     def _use_recording(self) -> None:
         """Put the recording's files in place; where that fails, start as without one."""
@@ -184,7 +202,7 @@ class Supervisor:
         elif recorded.get("status") == "unused":
             _log(f"what was recorded is not used: {recorded['reason']}")
 
-    def _fork_engine(self, listener: socket.socket, channel: Connection) -> Any:
+    def _fork_engine(self, listener: socket.socket, channel: Connection) -> BaseProcess:
         """Returns when the template has imported vLLM. For a thread, so that no probe waits for it."""
         from runtime import engine
 
@@ -220,6 +238,8 @@ class Supervisor:
                 self._lifecycle.begin(
                     Phase(begin["phase"]), begin["pid"], begin["start"], begin.get("detail", "")
                 )
+            elif "no_fork" in message:
+                self._no_fork = message["no_fork"]
             elif "error" in message:
                 self._first_error = self._first_error or message["error"]
             else:

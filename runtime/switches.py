@@ -55,6 +55,11 @@ class Switch(enum.Enum):
 LABELS = tuple(switch.label for switch in Switch)
 
 
+def turn_off(switch: Switch) -> None:
+    """For this process and the ones that it starts from now on."""
+    os.environ[VARIABLE] = ",".join(filter(None, (os.environ.get(VARIABLE), switch.label)))
+
+
 def to_json() -> str:
     """The list as `python3 -m runtime switches` prints it: objects with name and help."""
     return json.dumps([{"name": switch.label, "help": switch.help} for switch in Switch])

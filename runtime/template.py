@@ -7,13 +7,13 @@ those only later, in the forked processes.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
 import multiprocessing
 import os
 import sys
-import threading
 import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
@@ -23,16 +23,14 @@ from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
 
-# What a served model needs in the API process, the engine core and the worker.
+# What a served model needs in the API process, the engine core and the worker. What only the HTTP app needs
+# is imported in the API process, while the engine core starts.
 _MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.engine.utils",
     "vllm.v1.worker.gpu_worker",
     "vllm.entrypoints.launchers.cli_args",
-    "vllm.entrypoints.launchers.app",
-    "vllm.entrypoints.launchers.api_server.app_state",
-    "vllm.entrypoints.generate.api_router",
 )
 _CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
@@ -74,6 +72,16 @@ def _write_variables() -> None:
         Path(target).write_text(json.dumps(sorted(names)))
 
 
+def _import_model(folder: Path) -> None:
+    """The module of the model's class: the API process looks at it, and the engine core makes one."""
+    import vllm.model_executor.models.registry as registry
+
+    # What cannot be imported now, or is downloaded later, is imported where an error of it is reported.
+    with contextlib.suppress(Exception):
+        for name in json.loads((folder / "config.json").read_text())["architectures"]:
+            importlib.import_module(registry.ModelRegistry.models[name].module_name)
+
+
 def _defer(recording: Path | None) -> None:
     """Have modules that the recorded start did not use imported later; while recording, all candidates."""
     if not Switch.DEFERRED_IMPORTS.on:
@@ -93,7 +101,8 @@ def _defer(recording: Path | None) -> None:
 def _load() -> None:
     # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
     os.setpgid(0, 0)
-    device = read_manifest().device
+    manifest = read_manifest()
+    device = manifest.device
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
     if Switch.GC_PAUSE.on:
@@ -117,6 +126,7 @@ def _load() -> None:
             _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
+        _import_model(Path(manifest.model_path))
     if logs.is_json():
         del os.environ["VLLM_CONFIGURE_LOGGING"]
     _write_variables()
@@ -137,9 +147,13 @@ def _load() -> None:
             f"coldstart: this vLLM lacks {', '.join(missing)}; its start is slower or less visible",
             flush=True,
         )
-    if Switch.TEMPLATE.on and threading.active_count() != 1:
-        names = [thread.name for thread in threading.enumerate()]
-        print(f"coldstart: the template process has threads {names}; forking it may be unsafe", flush=True)
+
+
+def _refuse_if_unsafe() -> None:
+    """End the template where forking it is not safe: PID 1 then has every process import vLLM itself."""
+    if reason := processes.why_not_fork():
+        trace.refuse_fork(reason)
+        os._exit(0)
 
 
 # Whether the image's record of transformers' imports fits this installation, for the API process's metrics.
@@ -160,8 +174,7 @@ def load() -> None:
 def _import_everything() -> None:
     """Start this process again without deferred imports: another vLLM may use what their list forbids."""
     print(f"{failure}coldstart: once more, with --off {Switch.DEFERRED_IMPORTS.label}", flush=True)
-    off = (os.environ.get(switches.VARIABLE, ""), Switch.DEFERRED_IMPORTS.label)
-    os.environ[switches.VARIABLE] = ",".join(filter(None, off))
+    switches.turn_off(Switch.DEFERRED_IMPORTS)
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - multiprocessing's descriptors are inherited
 
 
@@ -169,3 +182,5 @@ if multiprocessing.current_process().name == "MainProcess" and os.environ.get(tr
     load()
     if failure and any(isinstance(finder, deferred.Deferred) for finder in sys.meta_path):
         _import_everything()
+    if Switch.TEMPLATE.on:
+        _refuse_if_unsafe()

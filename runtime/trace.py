@@ -106,6 +106,11 @@ def _report(phase: Phase, error: Exception) -> None:
     _send({"error": f"{phase.value} failed: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]})
 
 
+def refuse_fork(reason: str) -> None:
+    """Tell PID 1 that this process must not be forked."""
+    _send({"no_fork": reason})
+
+
 @contextmanager
 def span(phase: Phase, detail: str = "") -> Iterator[None]:
     """Report `phase` around a block. A phase inside the same phase counts once."""

@@ -17,6 +17,8 @@ LABEL "dev.coldstart.role"="server" \
 ENV DO_NOT_TRACK="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" TORCH_COMPILE_DISABLE="1" USER="coldstart" VLLM_ENABLE_V1_MULTIPROCESSING="0" VLLM_NO_USAGE_STATS="1"
 COPY ["coldstart/", "/opt/coldstart/"]
 USER root
+# Whoever runs the image cannot write bytecode, and would compile the runtime again at every start.
+RUN ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "/opt/coldstart/runtime"]
 RUN ["install", "-d", "-g", "0", "-m", "0775", "/models", "/models/Tiny-1B"]
 USER 2000:0
 WORKDIR /tmp

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
-from collections.abc import Callable
+import os
+import subprocess
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -51,6 +54,8 @@ def test_a_recorded_start_helps_the_next(
     assert any(path.endswith("/libtorch_cpu.so") for path in found["listed"][:10])
     assert any(path.endswith(".pyc") for path in found["listed"])
     assert not any(path.startswith("/models/") for path in found["listed"])
+    assert any("/torch/" in path and path.endswith(".pyc") for path in found["listed"])
+    assert not any("/torch/_dynamo/" in path or "/sympy/" in path for path in found["listed"])
     assert found["structures"] > 1  # of this very installation, or they would not be used
     assert found["template_threads"] == [1]
     assert found["resident"] < 2 << 30  # the KV cache alone is 2 GiB, and nobody has used it
@@ -94,6 +99,129 @@ def test_a_start_without_an_optimisation_answers_the_same(
         found = _json(container, ["python3", "-c", _LOOK])
         assert found["resident"] > 2 << 30
     assert "lacks" not in log
+
+
+_READ_AHEAD = """
+import json
+from pathlib import Path
+from runtime import prefetch
+from runtime.settings import read_manifest
+
+manifest = read_manifest()
+budget = prefetch._budget()
+paths = [*prefetch._recorded(prefetch.STATE), *(f"{manifest.model_path}/{name}" for name in manifest.shards)]
+print(json.dumps({"budget": budget, "read": prefetch.read_ahead(paths, budget),
+                  "wanted": sum(Path(path).stat().st_size for path in paths)}))
+"""
+
+
+@pytest.mark.parametrize("limit", [256 << 20, 8 << 30])
+def test_read_ahead_stays_within_half_of_the_memory_limit(limit: int, plain: Any) -> None:
+    run = ["docker", "run", "--rm", "--network", "none", "--memory", str(limit), "--entrypoint", "python3"]
+    done = subprocess.run(
+        [*run, plain["tag"], "-c", _READ_AHEAD], capture_output=True, text=True, check=True, timeout=300
+    )
+    found = json.loads(done.stdout)
+    assert found["budget"] == limit // 2
+    assert found["wanted"] > 256 << 20
+    if limit == 8 << 30:
+        assert found["read"] == found["wanted"]
+    else:
+        assert 0 < found["read"] <= found["budget"]
+
+
+# Looks at the template at the very moment of each fork, and gives it a thread where that is asked for.
+_PROBE = """
+import json, os, sys, threading, time
+
+def look():
+    import asyncio
+    torch, zmq = sys.modules["torch"], sys.modules.get("zmq")
+    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2]
+    seen = {
+        "pid": os.getpid(),
+        "threads": len(os.listdir("/proc/self/task")),
+        "open": [link for link in links if not link.startswith(("/proc", "pipe:", "socket:"))],
+        "event_loop": asyncio._get_running_loop() is not None,
+        "zmq_context": zmq is not None and zmq.Context._instance is not None,
+        "cuda": torch.cuda.is_initialized(),
+    }
+    with open("/tmp/at-fork.jsonl", "a") as file:
+        file.write(json.dumps(seen) + chr(10))
+
+if "forkserver" in " ".join(sys.orig_argv):
+    os.register_at_fork(before=look)
+    if os.environ.get("PROBE_THREAD"):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+"""
+
+
+@pytest.fixture
+def probed(plain: Any, engine: DockerEngine) -> Iterator[str]:
+    """The plain image, with a look at the template whenever it is forked."""
+    tag, code = f"{PREFIX}/probed:1", base64.b64encode(_PROBE.encode()).decode()
+    dockerfile = (
+        f"FROM {plain['tag']}\nUSER root\n"
+        f"RUN echo {code} | base64 -d >/opt/coldstart/sitecustomize.py\nUSER 2000:0\n"
+    )
+    environment = {**os.environ, "DOCKER_BUILDKIT": "0"}
+    command = ["docker", "build", "--quiet", "--tag", tag, "-"]
+    subprocess.run(command, input=dockerfile, text=True, env=environment, check=True)
+    yield tag
+    engine.remove_image(tag)
+
+
+def test_template_has_one_thread_and_nothing_open_when_it_is_forked(
+    probed: str, start: Callable[..., Container]
+) -> None:
+    container = start(probed)
+    wait_ready(container)
+    code, output = container.run(["cat", "/tmp/at-fork.jsonl"])
+    assert code == 0, output
+    forks = [json.loads(line) for line in output.splitlines()]
+    assert len(forks) >= 2  # the API process and the engine core at least
+    assert len({fork.pop("pid") for fork in forks}) == 1
+    for fork in forks:
+        # The forkserver's own selector is the one thing open.
+        assert fork.pop("open") in ([], ["anon_inode:[eventpoll]"])
+        assert fork == {"threads": 1, "event_loop": False, "zmq_context": False, "cuda": False}
+
+
+def test_where_forking_is_not_safe_processes_are_spawned(
+    probed: str, start: Callable[..., Container]
+) -> None:
+    container = start(probed, environment={"PROBE_THREAD": "1"})
+    wait_ready(container)
+    assert ask(container)["chat"] == "The capital of France is Paris."
+    assert "forking is not safe, since importing vLLM started 1 thread;" in container.logs()
+    assert _json(container, ["python3", "-c", _TREE]) == {"forkserver": 0, "spawned": 2}
+
+
+def test_every_module_has_bytecode(plain: Any, start: Callable[..., Container]) -> None:
+    container = start(plain["tag"])
+    missing = _json(container, ["python3", "-c", _BYTECODE])
+    # Written for a newer Python: no interpreter of the image can compile it.
+    assert [path for path in missing if "/py312_" not in path] == []
+
+
+_BYTECODE = """
+import importlib.util, json, os, struct, sys, sysconfig
+from pathlib import Path
+
+def current(path):
+    try:
+        header = Path(importlib.util.cache_from_source(path)).read_bytes()[:16]
+    except OSError:
+        return False
+    flags, time, size = struct.unpack("<4xIII", header)
+    found = path.stat()
+    return bool(flags) or (time, size) == (int(found.st_mtime) & 0xFFFFFFFF, found.st_size & 0xFFFFFFFF)
+
+tops = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {"/opt/coldstart"}
+tested = ("/test/", "/tests/", "/idlelib/", "/lib2to3/")
+files = [path for top in tops for path in Path(top).rglob("*.py") if not any(t in str(path) for t in tested)]
+print(json.dumps([str(path) for path in files if not current(path)]))
+"""
 
 
 def test_image_that_does_not_start_is_told(model: str, base: str, engine: DockerEngine) -> None:

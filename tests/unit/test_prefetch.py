@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks import page_cache
 from runtime import prefetch, record, shortcuts
 
 
@@ -15,6 +17,17 @@ def test_files_are_asked_for_in_order_until_the_budget(tmp_path: Path) -> None:
     assert prefetch.read_ahead(paths, 1000) == 60
     assert prefetch.read_ahead(paths, 35) == 30
     assert prefetch.read_ahead(paths, 5) == 0
+
+
+def test_large_files_are_read_to_their_end(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        with (tmp_path / name).open("wb") as file:
+            file.write(bytes(24 << 20))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    assert page_cache.residency([tmp_path]).share < 1.0
+    prefetch.read_ahead([str(path) for path in tmp_path.iterdir()], 1 << 30)
+    assert page_cache.residency([tmp_path]).share == 1.0
 
 
 def test_recorded_files_come_before_the_weights(tmp_path: Path, monkeypatch: Any) -> None:

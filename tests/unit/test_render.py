@@ -104,7 +104,7 @@ def test_hostile_names_stay_inside_their_strings() -> None:
     text = render.render_image(made).dockerfile + render.render_weights(made, Path("m")).dockerfile
     assert "{{ 7*7 }}" in text
     assert '\\"' in text
-    assert not [line for line in text.splitlines() if line.startswith("RUN")]
+    assert not [line for line in text.splitlines() if line.startswith("RUN") and "evil" in line]
     assert made.model_path == "/models/x-RUN-evil-7-7-id-PATH"
 
 
