@@ -108,14 +108,14 @@ class Comparison:
         """One sentence: what is wrong, or how near the answers are."""
         if self.worst_tie > MAX_TIE:
             what = f"takes a token that the reference finds far less likely, at {_prompt(self.worst_prompt)}"
-        elif self.mean > MAX_MEAN:
-            what = f"log-probabilities differ by {self.mean:.3f} on average, and {MAX_MEAN} is allowed"
         elif self.begun_differently:
             what = (
                 f"{len(self.begun_differently)} of {self.prompts} answers begin with another token than the "
                 f"reference's, the one to {_prompt(self.begun_differently[0])} for one; the two were about "
                 "equally likely, which this dtype cannot tell apart"
             )
+        elif self.mean > MAX_MEAN:
+            what = f"log-probabilities differ by {self.mean:.3f} on average, and {MAX_MEAN} is allowed"
         else:
             return (
                 f"{self.same} of {self.prompts} answers the same to the last token, the others part at near "

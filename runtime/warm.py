@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -148,7 +147,7 @@ class _Warm:
             golden.write(recording.folder / golden.FILE, answers)
         environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
         with self._server(None, None, environment) as pid:
-            startup = self._get("/startup")
+            startup = golden.get(f"{self._url}/startup")
             if startup["recording"]["status"] != "used":
                 raise WarmError(f"the start did not use its own recording: {startup['recording']['reason']}")
             compiled = [event["detail"] for event in startup["phases"] if event["phase"] == Phase.COMPILE]
@@ -215,14 +214,10 @@ class _Warm:
 
     def _ready(self) -> bool:
         try:
-            self._get("/ready")
+            golden.get(f"{self._url}/ready")
         except (OSError, urllib.error.URLError):
             return False
         return True
-
-    def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(f"{self._url}{path}", timeout=5) as answer:  # noqa: S310 - of ours
-            return json.load(answer)
 
     def _ask_once(self) -> None:
         """One request, so that what is only loaded for the first one is recorded too."""

@@ -1,0 +1,149 @@
+"""What `warm` records, and when it refuses: with a stub in place of the server, whose answers are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import golden, prefetch, record, state, warm
+from runtime.golden import Answer
+from runtime.preflight import Facts
+from runtime.settings import Manifest, load
+from runtime.state import Mode, Recording
+
+FACTS = Facts(False, 0, None, None, None, None, (), None)
+MANIFEST = Manifest("/models/m", "m", "cpu", (), digest="d", dtype="bfloat16")
+RIGHT = Answer(("The", "end"), ({"The": -0.1, "L": -0.3}, {"end": -0.1}))
+OTHER = Answer(("L", "end"), ({"L": -0.2, "The": -0.2}, {"end": -0.1}))
+USED = {"status": "used", "reason": "", "mode": "", "key": ""}
+
+
+class Stub:
+    """Servers by mode: what they answer, and how fast; and what the start from the recording says."""
+
+    def __init__(self, answers: Mapping[str, Answer], rates: Mapping[str, float]) -> None:
+        self.answers, self.rates = answers, rates
+        self.compiled: list[str] = ["loaded from the cache"]
+        self.recording: Mapping[str, str] = USED
+        self.last: Answer | None = None
+        self.started: list[str] = []
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
+        stub = self
+
+        @contextmanager
+        def server(
+            self: Any, mode: Mode | None, cache: Path | None, environment: Any = None
+        ) -> Iterator[int]:
+            stub.started.append(mode.name if mode else "recording")
+            if mode is not None and cache is not None:
+                (cache / "vllm").mkdir(parents=True)
+                (cache / "vllm" / "model").write_text(mode.name)
+                (cache / record.VARIABLES).write_text('["VLLM_X"]')
+                self._caches[mode.name] = cache
+            else:
+                (output / record.OPENED).write_text("/etc/hostname\n")
+            yield 1 << 22  # a process without any below it
+
+        def get(url: str) -> Any:
+            phases = [{"phase": "compile", "detail": detail} for detail in stub.compiled]
+            return {"recording": stub.recording, "phases": phases, "elapsed": 1.0}
+
+        def ask(*_: Any, **__: Any) -> list[Answer]:
+            now = stub.started[-1]
+            if now == "recording":
+                assert stub.last is not None
+                return [stub.last]
+            return [stub.answers[now]]
+
+        monkeypatch.setattr(warm._Warm, "_server", server)
+        monkeypatch.setattr(golden, "get", get)
+        monkeypatch.setattr(golden, "ask", ask)
+        monkeypatch.setattr(golden, "has_chat", lambda *_: False)
+        monkeypatch.setattr(golden, "post", lambda *_: {})
+        monkeypatch.setattr(golden, "tokens_per_second", lambda *_: stub.rates[stub.started[-1]])
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stub:
+    """bf16 compiled answers differently, float32 compiled is right and fast."""
+    made = Stub(
+        {"eager": RIGHT, "compiled": OTHER, "eager float32": RIGHT, "compiled float32": RIGHT},
+        {"eager": 100.0, "eager float32": 80.0, "compiled float32": 150.0},
+    )
+    made.last = RIGHT
+    made.install(monkeypatch, tmp_path)
+    return made
+
+
+def run(output: Path, optimize: str = "balanced", *argv: str) -> int:
+    settings = load(argv, {}, replace(MANIFEST, optimize=optimize))
+    return warm.warm(settings, argv, FACTS, output)
+
+
+def read(output: Path) -> Recording:
+    (folder,) = state.recordings(output)
+    return Recording.read(folder)
+
+
+def test_the_mode_that_answers_differently_is_refused_and_the_next_is_recorded(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path) == 0
+    made = read(tmp_path)
+    assert made.mode.name == "compiled float32"
+    assert "--no-enforce-eager" in made.mode.engine_args
+    assert (made.folder / state.FILES / "vllm" / "model").read_text() == "compiled float32"
+    assert golden.read(made.folder / golden.FILE) == [RIGHT]
+    assert made.report["chosen"] == "compiled float32"
+    assert made.report["against_eager"] == pytest.approx(0.5)
+    assert (tmp_path / prefetch.FILE_LIST).read_text() == "/etc/hostname\n"
+    said = capsys.readouterr().err
+    assert "compiled: refused; answers differently" in said
+    assert "serves with compiled float32: 150 tokens/s, +50% against eager" in said
+
+
+def test_eager_is_recorded_where_nothing_is_gained(stub: Stub, tmp_path: Path) -> None:
+    stub.rates = {**stub.rates, "compiled float32": 110.0}
+    assert run(tmp_path) == 0
+    assert read(tmp_path).mode.name == "eager"
+
+
+def test_startup_tries_nothing(stub: Stub, tmp_path: Path) -> None:
+    assert run(tmp_path, "startup") == 0
+    assert stub.started == ["eager", "recording"]
+    assert not (read(tmp_path).folder / golden.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"compiled": ["not in the cache", "compiled"]}, "vLLM compiled again what was recorded"),
+        (
+            {"recording": {"status": "unused", "reason": "it rains"}},
+            "its own recording: it rains",
+        ),
+        ({"last": OTHER}, "a start from the recording answers differently"),
+    ],
+)
+def test_a_recording_that_does_not_hold_fails(
+    change: dict[str, Any], told: str, stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in change.items():
+        setattr(stub, name, value)
+    assert run(tmp_path) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_recordings_of_other_machines_are_kept(stub: Stub, tmp_path: Path) -> None:
+    assert run(tmp_path) == 0
+    assert run(tmp_path, "balanced", "--max-model-len", "9") == 0
+    assert len(state.recordings(tmp_path)) == 2
+    described = [json.loads((folder / state.RECORDING).read_bytes()) for folder in state.recordings(tmp_path)]
+    assert {one["facts"]["engine arguments"] for one in described} == {"", "--max-model-len 9"}
