@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from builder.docker_engine import Container, DockerEngine
+from builder.report import SilentReporter
+from runtime import modes
 from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, get, wait_ready
 
 ANSWER = "The capital of France is Paris."
@@ -52,6 +54,15 @@ def hits(container: Container) -> dict[str, str]:
     lines = get(container, "/metrics").body.decode().splitlines()
     found = (line for line in lines if line.startswith("coldstart_cache_hit{"))
     return {line.split('"')[1]: line.rsplit(" ", 1)[1] for line in found}
+
+
+def test_vllm_takes_the_arguments_of_every_mode(base: str, engine: DockerEngine) -> None:
+    """Those for GPUs too, which cannot be started here."""
+    image = engine.base_image(base, None, SilentReporter())
+    every = {mode.engine_args for found in modes._CANDIDATES.values() for mode in found} - {()}
+    assert len(every) >= 3
+    for arguments in every:
+        engine.check_engine_args(image, arguments)
 
 
 def test_the_build_says_what_it_tried_and_why_it_chose(balanced: Any) -> None:
