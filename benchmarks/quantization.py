@@ -34,8 +34,8 @@ from builder.report import SilentReporter
 
 SMALL_MODELS = Path(__file__).with_name("small_models.py")
 TRAINED = "stdlib-llama-5M"
-# hidden size and layers: 53 and 172 million parameters
-RANDOM = {"random-53M": (640, 9), "random-172M": (1024, 12)}
+# hidden size and layers: 53 and 98 million parameters
+RANDOM = {"random-53M": (640, 9), "random-98M": (768, 12)}
 VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
@@ -89,7 +89,7 @@ def _settings(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[s
 
 
 def _costs(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-    for method in ("rtn", "awq"):
+    for method in ("awq", "rtn"):
         yield from ((name, folder, {"method": method}) for name, folder in models.items())
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     folder = cache_folder().absolute() / "benchmark-models"
     models = {name: Path(path) for name, _, path in (pair.partition("=") for pair in chosen.model)}
     if chosen.cost:
-        models |= {name: folder / name for name in RANDOM}
+        models = {name: folder / name for name in RANDOM} | models
     elif chosen.train:
         models[TRAINED] = folder / TRAINED
     METHODS.update(VARIANTS)  # type: ignore[attr-defined]

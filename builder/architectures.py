@@ -53,7 +53,7 @@ VISION_LANGUAGE: Mapping[str, VisionLanguage] = {
     ),
     "LlavaForConditionalGeneration": VisionLanguage(
         ("vision_tower", "multi_modal_projector"),
-        {"llama": _shapes(4096, 11008, 32, 32, 128), "mistral": _shapes(4096, 14336, 32, 8, 128)},
+        {"llama": _shapes(4096, 11008, 32, 32, 128)},
     ),
     # Older files have the text part's shapes at the top.
     "Qwen2_5_VLForConditionalGeneration": VisionLanguage(

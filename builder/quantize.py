@@ -344,6 +344,12 @@ def _add_vision(snapshot: ModelSnapshot, result: Path, work: Path, reporter: Rep
         for tensor in tensors_of(path)
         if is_vision(tensor.name, snapshot.lock.architectures[0])
     ]
+    if not vision:
+        raise ModelError(
+            f"{snapshot.lock.name} has no tensor of its {' or '.join(_vision(snapshot))}",
+            why="Without these the quantized model could not see.",
+            fix="Name the repository of its authors, or build without --quantize.",
+        )
     text = [tensor for path in written for tensor in tensors_of(path)]
     write_shards(result, [*text, *vision], GIB, reporter)
 

@@ -17,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from builder import quantize as quantizing
 from builder.errors import BuildError, HostError, ModelError
@@ -181,6 +183,46 @@ def test_result_has_the_new_weights_and_the_models_own_small_files(
     assert _left_behind(cache) == [result_digest(snapshot.lock, RECIPE)]
     assert reporter.tasks == [("Quantizing tiny with AWQ", 100, "percent")]
     assert (reporter.details, sum(reporter.amounts)) == (["layer 1 of 2", "done"], 100)
+
+
+# As WRITES_A_RESULT, with a shard that has one tensor, t, of four bytes.
+WRITES_A_SHARD = WRITES_A_RESULT.replace(
+    'b"int4"',
+    "(lambda h: len(h).to_bytes(8, 'little') + h + b'int4')"
+    '(json.dumps({"t": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}).encode())',
+)
+
+
+def test_vision_part_is_added_byte_for_byte(cache: Path, tmp_path: Path) -> None:
+    _prepared_environment(cache, WRITES_A_SHARD)
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "llama"}}
+    folder = write_model(tmp_path / "seeing", config=config)
+    weights = {"vision_tower.a": np.arange(9.0), "model.multi_modal_projector.b": np.ones(3, np.float16)}
+    save_file({**weights, "language_model.vision_tower_like": np.zeros(2)}, folder / "model.safetensors")
+    snapshot = resolve(parse_ref(str(folder)), SilentReporter())
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    (shard,) = done.folder.glob("*.safetensors")
+    found = load_file(shard)
+    assert set(found) == {"t", *weights}
+    assert found["t"].tobytes() == b"int4"
+    for name, tensor in weights.items():
+        assert (found[name].dtype, found[name].tobytes()) == (tensor.dtype, tensor.tobytes())
+    index = json.loads((done.folder / "model.safetensors.index.json").read_bytes())
+    assert index["weight_map"] == dict.fromkeys(found, shard.name)
+
+
+def test_model_without_what_it_sees_with_is_refused(cache: Path, tmp_path: Path) -> None:
+    _prepared_environment(cache, WRITES_A_SHARD)
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "llama"}}
+    folder = write_model(tmp_path / "blind", config=config)
+    with pytest.raises(ModelError, match="blind has no tensor of its vision_tower or multi_modal_projector"):
+        quantize(
+            resolve(parse_ref(str(folder)), SilentReporter()),
+            RECIPE,
+            cache=cache,
+            reporter=SilentReporter(),
+        )
+    assert _left_behind(cache) == []
 
 
 def test_manifest_says_recipe_quality_and_cost(snapshot: ModelSnapshot, cache: Path) -> None:

@@ -178,7 +178,7 @@ def test_only_the_device_that_needs_them_has_kernel_minimums() -> None:
                 "architectures": ["LlavaForConditionalGeneration"],
                 "text_config": {"model_type": "phi", "hidden_size": 4096},
             },
-            "Llava.* with this text part .*not llama or mistral",
+            "Llava.* with this text part .*not llama",
         ),
         ({"architectures": None}, "does not support"),
     ],
