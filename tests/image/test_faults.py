@@ -40,7 +40,7 @@ def test_damaged_weights(plain: Any, bare: Callable[..., dict[str, Any]]) -> Non
         plain["tag"],
         [
             {"name": "truncated", "model": "truncated", "when": "weight_load"},
-            {"name": "corrupt", "model": "corrupt", "when": "weight_load"},
+            {"name": "corrupt", "model": "corrupt", "when": "config_parse"},
             {"name": "unreadable", "model": "unreadable", "when": "config_parse"},
         ],
     )
