@@ -27,7 +27,7 @@ _MARKS = (
     (re.compile(r"(Loading weights|Model loading) took"), Phase.WEIGHT_LOAD),
     (re.compile(r"Reducing Torch threads"), Phase.WEIGHT_LOAD),  # on CPU weights are packed until here
     (re.compile(r"Dynamo bytecode transform time|Compiling a graph|torch\.compile took"), Phase.COMPILE),
-    (re.compile(r"Warming up done"), Phase.COMPILE),  # on CPU, only where something is compiled
+    (re.compile(r"Warming up done"), Phase.COMPILE),
     (re.compile(r"profiling/warmup run took"), Phase.KV_CACHE_ALLOC),
     (re.compile(r"Available KV cache memory|GiB for KV cache|KV cache size:"), Phase.KV_CACHE_ALLOC),
     (re.compile(r"Graph capturing finished|init engine \("), Phase.GRAPH_CAPTURE),
@@ -35,6 +35,8 @@ _MARKS = (
     (re.compile(r"chat template content format"), Phase.TOKENIZER_INIT),
     (re.compile(r"Starting vLLM (API )?server"), Phase.READY),
 )
+# On CPU, and only where something is compiled: all up to "done" is that, profiling too.
+_COMPILING, _COMPILED = "Warming up model for the compilation", "Warming up done"
 # Who waits for whom: the API server for the engine core, the core for its workers.
 _DEPTHS = {"APIServer": 0, "EngineCore": 1}
 _WORKER_DEPTH = 2
@@ -52,6 +54,7 @@ class _Known:
     pid: int
     depth: int
     edge: float
+    compiling: bool = False
 
     def stretch(self, phase: Phase, start: float, end: float, detail: str = "") -> MeasuredPhase:
         self.edge = end
@@ -106,9 +109,13 @@ def _stretches(seen: Seen, born: Mapping[int, float], started: float | None) -> 
                     )
             known[pid] = _Known(found["role"], pid, depth, at)
             yield known[pid].stretch(Phase.ENGINE_IMPORT, begin, at)
+        process = known[pid]
         phase = next((phase for mark, phase in _MARKS if mark.search(found["text"])), None)
+        if phase is not None and process.compiling:
+            phase = Phase.COMPILE
+        if _COMPILING in found["text"] or _COMPILED in found["text"]:
+            process.compiling = _COMPILING in found["text"]
         if phase is not None:
-            process = known[pid]
             below = [other for other in known.values() if other.depth > depth]
             yield process.stretch(phase, max(other.edge for other in (process, *below)), at)
             for other in below:  # they have done what this one waited for

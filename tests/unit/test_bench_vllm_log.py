@@ -141,11 +141,13 @@ def test_on_cpu_compiling_is_told_by_its_warm_up() -> None:
 (EngineCore pid=9) INFO [core.py:133] Initializing a V1 LLM engine (v0.32.0) with config
 (EngineCore pid=9) INFO [torch_utils.py:295] Reducing Torch threads from 2 to 1 for serving.
 (EngineCore pid=9) INFO [cpu_model_runner.py:87] Warming up model for the compilation...
+(EngineCore pid=9) INFO [monitor.py:92] Initial profiling/warmup run took 2.00 s
 (EngineCore pid=9) INFO [cpu_model_runner.py:91] Warming up done.
 (EngineCore pid=9) INFO [kv_cache_utils.py:2327] CPU KV cache size: 93,184 tokens"""
     log = [(2.0 * number, line) for number, line in enumerate(lines.splitlines(), start=1)]
-    found = of(vllm_log.read(Seen({}, 0.0, 0.0, 13.0, None, log, ())), Phase.COMPILE)
-    assert [(event.start, event.end) for event in found] == [(6.0, 10.0)]
+    report = vllm_log.read(Seen({}, 0.0, 0.0, 15.0, None, log, ()))
+    assert [(event.start, event.end) for event in of(report, Phase.COMPILE)] == [(6.0, 10.0), (10.0, 12.0)]
+    assert [(event.start, event.end) for event in of(report, Phase.KV_CACHE_ALLOC)] == [(12.0, 14.0)]
 
 
 # Accuracy: sleeps that are known, and what the stub says of them by its own clock.
