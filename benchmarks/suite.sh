@@ -1,32 +1,45 @@
 #!/usr/bin/env bash
 # Every figure of the README, on this machine, in one run: raw samples into benchmarks/results/.
-# Run it on a quiet machine, by `make bench`; 35 minutes on 2 cores.
+# Run it on a quiet machine, by `make bench`; 50 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
 RUNS=${RUNS:-6}           # fewer give no 95 % interval
 SLOW_RUNS=${SLOW_RUNS:-3} # of stock vLLM that compiles: two minutes each
+EAGER=coldstart-bench/smollm2:eager
+COMPILED=coldstart-bench/smollm2:compiled
 AWQ=coldstart-bench/smollm2:awq
-BF16=coldstart-bench/smollm2:bf16
 STOCK=coldstart-bench/smollm2:stock-eager
 DEFAULT=coldstart-bench/smollm2:stock-default
+FLOAT32=coldstart-bench/smollm2:stock-default-float32
 today=$(date +%F)
 results=benchmarks/results
 
-trap 'docker rmi "$AWQ" "$BF16" "$STOCK" "$DEFAULT" >/dev/null 2>&1 || true' EXIT
+trap 'docker rmi "$EAGER" "$COMPILED" "$AWQ" "$STOCK" "$FLOAT32" "$DEFAULT" >/dev/null 2>&1 || true' EXIT
 trap 'exit 130' INT TERM
 
-coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" --quantize awq -t "$AWQ" -- --max-model-len 2048
-weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$BF16" --json -- --max-model-len 2048 |
-  python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
-DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
-DOCKER_BUILDKIT=0 docker build -q -t "$DEFAULT" --build-arg WEIGHTS="$weights" - <benchmarks/stock-default.Dockerfile
+# build TAG [FLAG...]
+build() {
+  coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$@" --json -- --max-model-len 2048
+}
+# measure NAME RUNS CACHE IMAGE...
+measure() {
+  local name=$results/$1-$today-$3
+  coldstart bench "${@:4}" --runs "$2" --page-cache "$3" --json "$name.json" --svg "$name.svg"
+}
+
+build "$AWQ" --quantize awq --optimize startup
+build "$COMPILED" # as it comes: the fastest mode and dtype that answers right
+weights=$(build "$EAGER" --optimize startup | python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
+export DOCKER_BUILDKIT=0
+docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
+docker build -q -t "$DEFAULT" --build-arg WEIGHTS="$weights" - <benchmarks/stock-default.Dockerfile
+printf 'FROM %s\nCMD ["--dtype", "float32"]\n' "$DEFAULT" | docker build -q -t "$FLOAT32" -
 mkdir -p "$results"
 for cache in warm cold; do
-  name=$results/smollm2-$today-$cache
-  coldstart bench "$STOCK" "$BF16" "$AWQ" --runs "$RUNS" --page-cache "$cache" --json "$name.json" --svg "$name.svg"
+  measure smollm2 "$RUNS" "$cache" "$STOCK" "$EAGER" "$AWQ" "$COMPILED"
+  measure default "$SLOW_RUNS" "$cache" "$DEFAULT" "$FLOAT32" "$EAGER" "$COMPILED"
 done
-name=$results/default-$today
-coldstart bench "$DEFAULT" "$BF16" --runs "$SLOW_RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
 name=$results/ablation-$today
-coldstart bench ablate "$BF16" --runs "$RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
+coldstart bench ablate "$COMPILED" --runs "$RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
+python -m benchmarks.golden_tolerance "$EAGER" "$results/golden-tolerance-$today.json"

@@ -36,7 +36,7 @@ trap '[[ -z $container ]] || docker rm -f "$container" >/dev/null' EXIT
 trap 'exit 130' INT TERM
 
 run coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" --quantize awq -t "$AWQ" -- --max-model-len 2048
-run coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$BF16" -- --max-model-len 2048
+run coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" --optimize startup -t "$BF16" -- --max-model-len 2048
 run coldstart verify "$AWQ"
 
 container=coldstart-demo-$$
