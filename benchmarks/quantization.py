@@ -35,8 +35,8 @@ from builder.report import SilentReporter
 
 SMALL_MODELS = Path(__file__).with_name("small_models.py")
 TRAINED = "stdlib-llama-5M"
-# hidden size and layers: 53 and 98 million parameters
-RANDOM = {"random-53M": (640, 9), "random-98M": (768, 12)}
+# hidden size and layers: 53 and 172 million parameters
+RANDOM = {"random-53M": (640, 9), "random-172M": (1024, 12)}
 VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
