@@ -4,9 +4,10 @@
 
 Every setting is compared with round-to-nearest at equal group size and symmetry. Finished runs are kept in
 OUT.json and not repeated, so an interrupted study goes on where it was. `--train` adds a small model trained
-here. `--cost` measures CPU time and memory of the default settings instead: random Llamas of two sizes and
+here. `--cost` measures time and memory of the default settings instead, of random Llamas of two sizes and of
 the named models; it prints the lines that builder/quantization_cost.py keeps, which the random ones decide,
-and what was predicted of each run. Start with an empty COLDSTART_CACHE.
+and what was predicted of each run. Leave the machine alone meanwhile, and start with an empty
+COLDSTART_CACHE.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ from builder.report import SilentReporter
 
 SMALL_MODELS = Path(__file__).with_name("small_models.py")
 TRAINED = "stdlib-llama-5M"
-# hidden size and layers: 53 and 98 million parameters
-RANDOM = {"random-53M": (640, 9), "random-98M": (768, 12)}
+# hidden size and layers: 53 and 172 million parameters
+RANDOM = {"random-53M": (640, 9), "random-172M": (1024, 12)}
 VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
@@ -140,7 +141,7 @@ def _print_cost(runs: list[dict[str, Any]]) -> None:
     """The line through the two random models, for each kind of method, and what was predicted of each run."""
     for method in ("awq", "rtn"):
         points = sorted(
-            (run["parameters"], run["peak_memory_bytes"], run["cpu_seconds"], run["calibration_samples"])
+            (run["parameters"], run["peak_memory_bytes"], run["seconds"], run["calibration_samples"])
             for run in runs
             if run["model"] in RANDOM and run["method"] == method
         )
@@ -157,10 +158,9 @@ def _print_cost(runs: list[dict[str, Any]]) -> None:
         recipe = Recipe(**{field.name: run[field.name] for field in fields(Recipe)})
         expected = predict(run["parameters"], recipe)
         print(
-            f"{run['model']} {run['method']}: predicted {expected.cpu_seconds} s of CPU time and "
-            f"{expected.memory_bytes / GIB:.2f} GiB, measured {run['cpu_seconds']:.0f} s "
-            f"({expected.cpu_seconds / run['cpu_seconds'] - 1:+.0%}) and "
-            f"{run['peak_memory_bytes'] / GIB:.2f} GiB "
+            f"{run['model']} {run['method']}: predicted {expected.seconds} s and "
+            f"{expected.memory_bytes / GIB:.2f} GiB, measured {run['seconds']:.0f} s "
+            f"({expected.seconds / run['seconds'] - 1:+.0%}) and {run['peak_memory_bytes'] / GIB:.2f} GiB "
             f"({expected.memory_bytes / run['peak_memory_bytes'] - 1:+.0%})"
         )
 

@@ -25,15 +25,15 @@ _CGROUPS = (
 
 @dataclass(frozen=True)
 class Cost:
-    """A line through measured runs: peak memory over parameters, CPU seconds over parameters times tokens.
+    """A line through measured runs: peak memory over parameters, seconds over parameters times tokens.
 
-    tokens: those calibrated on and those measured on. A GPU's share of the work was never measured.
+    tokens: those calibrated on and those measured on. The seconds are those of two CPU cores.
     """
 
     bytes: float
     bytes_per_parameter: float
-    cpu_seconds: float
-    cpu_seconds_per_parameter_token: float
+    seconds: float
+    seconds_per_parameter_token: float
 
 
 # Printed by `python -m benchmarks.quantization OUT.json --cost`; benchmarks/results/ holds the runs: AWQ and
@@ -46,11 +46,11 @@ UNCALIBRATED = Cost(4.46e8, 4.94, 6.04, 3.22e-11)
 @dataclass(frozen=True)
 class Prediction:
     memory_bytes: int
-    cpu_seconds: int
+    seconds: int
 
     def describe(self) -> str:
-        minutes = max(1, round(self.cpu_seconds / 60))
-        return f"about {self.memory_bytes / GIB:.1f} GiB of memory and {minutes} min of CPU time"
+        minutes = max(1, round(self.seconds / 60))
+        return f"about {self.memory_bytes / GIB:.1f} GiB of memory and {minutes} min on two CPU cores"
 
 
 def predict(parameters: int, recipe: Recipe) -> Prediction:
@@ -58,7 +58,7 @@ def predict(parameters: int, recipe: Recipe) -> Prediction:
     tokens = (recipe.calibration_samples + HELD_OUT_BLOCKS) * recipe.calibration_tokens
     return Prediction(
         memory_bytes=round(cost.bytes + cost.bytes_per_parameter * parameters),
-        cpu_seconds=round(cost.cpu_seconds + cost.cpu_seconds_per_parameter_token * parameters * tokens),
+        seconds=round(cost.seconds + cost.seconds_per_parameter_token * parameters * tokens),
     )
 
 

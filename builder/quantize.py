@@ -110,17 +110,13 @@ class Quality(BaseModel):
 
 
 class Measurements(BaseModel):
-    """What the job found out about its own run: quality, cost, and the releases that did it.
-
-    seconds: on the clock; cpu_seconds: of all threads, which other work on the machine hardly changes.
-    """
+    """What the job found out about its own run: quality, cost, and the releases that did it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     quality: Quality
     parameters: int
     seconds: float
-    cpu_seconds: float
     peak_memory_bytes: int
     peak_gpu_bytes: int | None
     versions: Mapping[str, str]

@@ -435,7 +435,6 @@ def main(job_file: str) -> None:
         "quality": {**quality, "measured_on": measured_on},
         "parameters": parameters,
         "seconds": time.monotonic() - started,
-        "cpu_seconds": time.process_time(),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "versions": {

@@ -50,7 +50,6 @@ MEASUREMENTS: dict[str, Any] = {
     },
     "parameters": 1000,
     "seconds": 1.5,
-    "cpu_seconds": 2.5,
     "peak_memory_bytes": 10**9,
     "peak_gpu_bytes": None,
     "versions": {"llmcompressor": "0.14.0.1"},
