@@ -79,7 +79,7 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
 
 
 def _event_loop(name: str) -> asyncio.AbstractEventLoop:
-    """A loop of uvloop's, as in vLLM's own server; asyncio's where that is asked for or uvloop is missing."""
+    """uvloop's, as in vLLM's own server, where it is asked for and installed; else asyncio's."""
     if name == "uvloop":
         with contextlib.suppress(ImportError):
             import uvloop

@@ -206,9 +206,9 @@ OPTIONS = (
     ),
     Option(
         "event-loop",
-        _one_of("uvloop", "asyncio"),
-        "uvloop",
-        "Of the API process: uvloop or asyncio, which also serves where uvloop is not installed.",
+        _one_of("asyncio", "uvloop"),
+        "asyncio",
+        "Of the API process: asyncio or uvloop; asyncio too where uvloop is not installed.",
     ),
 )
 

@@ -127,14 +127,12 @@ def pid_of(role: str, body: Any) -> int:
 
 def act(action: str, process: subprocess.Popen[bytes], body: Any) -> None:
     """action: "SIGTERM" to the runtime, "SIGKILL EngineCore" and the like to one of its processes,
-    "FILL FOLDER", "EXHAUST MEMORY OF EngineCore"; several are separated by "; ".
+    "FILL FOLDER"; several are separated by "; ".
     """
     for step in action.split("; "):
         name, _, what = step.partition(" ")
         if name == "FILL":
             fill(Path(what))
-        elif name == "EXHAUST":
-            exhaust(pid_of(what.rpartition(" ")[2], body))
         else:
             os.kill(pid_of(what, body) if what else process.pid, getattr(signal, name))
 
@@ -148,23 +146,10 @@ def fill(folder: Path) -> None:
             file.write(bytes(1 << 20))
 
 
-def exhaust(victim: int) -> None:
-    """Take all memory that the container may have, with `victim` the first that the kernel ends for it."""
-    Path(f"/proc/{victim}/oom_score_adj").write_text("1000")
-    hog = "import sys, time; hold = []\nwhile True: hold.append(bytearray(b'x') * (16 << 20))"
-    hogs.append(subprocess.Popen([sys.executable, "-c", hog]))
-
-
-hogs: list[subprocess.Popen[bytes]] = []
-
-
 def clean() -> None:
     """What the test itself has put there."""
     for folder in ("/dev/shm", "/tmp"):
         (Path(folder) / FILLER).unlink(missing_ok=True)
-    while hogs:
-        hogs[-1].kill()
-        hogs.pop().wait()
 
 
 def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
