@@ -80,8 +80,12 @@ def _match(line: str) -> re.Match[str] | None:
 
 
 def _inspections(seen: Seen) -> Iterator[MeasuredPhase]:
-    for process in seen.processes:
+    until = 0.0
+    for process in sorted(seen.processes, key=lambda process: process.started):
         if _INSPECTION.search(process.command) and process.ended is not None:
+            if process.started < until:  # what an inspection forks has its command, until it runs another
+                continue
+            until = process.ended
             yield MeasuredPhase(
                 Phase.ENGINE_IMPORT,
                 process.started,

@@ -135,6 +135,14 @@ def test_workers_each_have_their_own_stretches_and_who_waits_has_none() -> None:
     assert (Phase.ENGINE_INIT, "APIServer", 14.0, 15.0) in found
 
 
+def test_what_an_inspection_forks_is_no_import_of_its_own() -> None:
+    inspection = PROCESSES[1]
+    assert inspection.ended is not None
+    fork = Process(19, inspection.started + 1, inspection.started + 1.1, REGISTRY)
+    imports = of(read(processes=(*PROCESSES, fork)), Phase.ENGINE_IMPORT)
+    assert [event.pid for event in imports if event.process == "registry"] == [18]
+
+
 def test_on_cpu_compiling_is_told_by_its_warm_up() -> None:
     """Lines of a start of benchmarks/stock-default.Dockerfile, two seconds apart."""
     lines = """(APIServer pid=1) INFO non-default args: {}
