@@ -69,7 +69,7 @@ def make_model(folder: Path, tokenizer: Path, gib: float) -> int:
     }
     (folder / "config.json").write_text(json.dumps(config))
     shards = list(_shards(shapes))
-    where = {}
+    where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         _write_shard(folder / file, {name: shapes[name] for name in names})

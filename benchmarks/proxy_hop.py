@@ -140,7 +140,7 @@ def _compare(starts: list[list[dict[str, Any]]], name: str) -> dict[str, Any]:
     """Seconds of a request, or requests per second; ratios are ours over vLLM's, also start by start."""
 
     def value(measured: Any) -> float:
-        return median(measured) if isinstance(measured, list) else measured
+        return float(median(measured) if isinstance(measured, list) else measured)
 
     pairs = [[(value(r[name]["ours"]), value(r[name]["stock"])) for r in rounds] for rounds in starts]
     ratios = [ours / stock for rounds in pairs for ours, stock in rounds]

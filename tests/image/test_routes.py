@@ -95,7 +95,13 @@ def server(plain: Any, engine: DockerEngine) -> Iterator[Container]:
 def stock(plain: Any, engine: DockerEngine) -> Iterator[Container]:
     """vLLM's own server in the same image, with the same arguments."""
     name = f"{CONTAINER_PREFIX}stock-{uuid.uuid4().hex[:8]}"
-    arguments = ("--model", "/models/SmolLM2-135M-Instruct", "--served-model-name", MODEL, "--enforce-eager")
+    arguments: tuple[str, ...] = (
+        "--model",
+        "/models/SmolLM2-135M-Instruct",
+        "--served-model-name",
+        MODEL,
+        "--enforce-eager",
+    )
     arguments += ("--kv-cache-memory-bytes", "2147483648", *ENGINE_ARGS, *TOOLS)
     command = ["docker", "run", "-d", "--name", name, "-p", "127.0.0.1::8000", "--entrypoint", "python3"]
     command += [plain["tag"], "-m", "vllm.entrypoints.openai.api_server", *arguments]
