@@ -96,7 +96,7 @@ def _check_rendered(snapshot: ModelSnapshot) -> None:
         [f"{layer.source}/", f"{layer.target}/"] for layer in plan.weights.layers
     ]
     lines = _instructions(image.dockerfile)
-    ordinary = "FROM LABEL ENV COPY USER WORKDIR EXPOSE STOPSIGNAL HEALTHCHECK ENTRYPOINT CMD"
+    ordinary = "FROM LABEL ENV COPY USER RUN USER WORKDIR EXPOSE STOPSIGNAL HEALTHCHECK ENTRYPOINT CMD"
     assert " ".join(line.split(" ", 1)[0] for line in lines) == ordinary
     assert _pairs(lines[1]) == {"dev.coldstart.role": "server", **dict(plan.labels)}
     assert _pairs(lines[2]) == dict(plan.environment)
