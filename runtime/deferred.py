@@ -41,6 +41,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         "register_checkpoint_conversion_mapping",
     ),
     "transformers.generation.utils": ("GenerationMixin",),
+    "transformers.modeling_utils": ("PreTrainedAudioTokenizerBase", "PreTrainedModel"),
     "transformers.models.auto.image_processing_auto": ("get_image_processor_config",),
     "opentelemetry.exporter.otlp.proto.grpc.trace_exporter": ("OTLPSpanExporter",),
     "opentelemetry.exporter.otlp.proto.http.trace_exporter": ("OTLPSpanExporter",),
@@ -50,6 +51,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         "cached_processor_from_config",
         "get_video_processor_cls_name",
     ),
+    "vllm.model_executor.layers.quantization.online.base": ("OnlineQuantizationConfig",),
     "vllm.model_executor.warmup.kernel_warmup": ("kernel_warmup",),
     "vllm.models.deepseek_v4.common.eplb_util": ("dspark_draft_supports_eplb",),
     "vllm.v1.worker.gpu.warmup": ("warmup_kernels",),
@@ -101,6 +103,8 @@ class DeferredName:
         object.__setattr__(self, "_name", name)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__dict__":  # vLLM looks into that of each object in every namespace for kernels
+            raise AttributeError(name)
         return getattr(_real(self), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -115,11 +119,12 @@ class DeferredName:
     def __mro_entries__(self, bases: tuple[Any, ...]) -> tuple[Any, ...]:
         return (_real(self),)
 
+    # Nothing is an instance, or a subclass, of a class whose module has not run.
     def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, _real(self))
+        return not _is_deferred(self) and isinstance(instance, _real(self))
 
     def __subclasscheck__(self, subclass: type) -> bool:
-        return issubclass(subclass, _real(self))
+        return not _is_deferred(self) and issubclass(subclass, _real(self))
 
     def __getitem__(self, item: Any) -> Any:
         return _real(self)[item]
@@ -138,6 +143,10 @@ class DeferredName:
 
     def __repr__(self) -> str:
         return repr(_real(self))
+
+
+def _is_deferred(name: DeferredName) -> bool:
+    return type(object.__getattribute__(name, "_module")) is _DeferredModule
 
 
 def _real(name: DeferredName) -> Any:
@@ -204,6 +213,14 @@ def execute(module: ModuleType) -> None:
         return
     spec = module.__spec__
     assert spec is not None
+    if spec.parent and spec.parent != spec.name:  # comes first in every import
+        execute(importlib.import_module(spec.parent))
+    current = sys.modules.setdefault(spec.name, module)
+    if current is not module:  # it was forgotten, and imported again
+        execute(current)
+        vars(module).update(vars(current))
+        object.__setattr__(module, "__class__", ModuleType)
+        return
     # The import system's own lock of this module: it sees a deadlock between two importing threads.
     with importlib._bootstrap._ModuleLockManager(spec.name):  # type: ignore[attr-defined]
         loader: Any = spec.loader
@@ -231,6 +248,15 @@ def _replace(given: Mapping[str, DeferredName], module: ModuleType) -> None:
             for key, value in list(vars(other).items()):
                 if type(value) is DeferredName and id(value) in real:
                     vars(other)[key] = real[id(value)]
+
+
+def forget(name: str) -> None:
+    """Take a deferred module out of sys.modules, for those who ask there whether it was imported."""
+    if type(sys.modules.get(name)) is _DeferredModule:
+        del sys.modules[name]
+        package, _, child = name.rpartition(".")
+        if package:
+            vars(sys.modules[package]).pop(child, None)
 
 
 class Deferred(MetaPathFinder):

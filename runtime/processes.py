@@ -24,6 +24,8 @@ _T = TypeVar("_T")
 
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_SECONDS = 0.01
+# What the kernel may take to forget threads that have ended.
+_THREADS_END_SECONDS = 0.2
 # Of NVIDIA, AMD, and Intel's GPUs.
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 # Of control groups version 2 and 1.
@@ -86,11 +88,18 @@ def why_not_fork() -> str:
     """What makes a fork of this process unsafe; empty when nothing does.
 
     A fork has one thread, so locks that others held stay locked: those of Python, OpenMP and ZeroMQ alike, so
-    every thread counts that the kernel knows. A GPU's context does not work in a fork.
+    every thread counts that the kernel knows. A GPU's context does not work in a fork. OpenBLAS, which numpy
+    loads, has threads too, but ends them before each fork: they are gone after one that does nothing.
     """
-    threads = sum(1 for _ in Path("/proc/self/task").iterdir())
-    if threads != 1:
-        return f"since importing vLLM started {threads - 1} thread{'s' if threads > 2 else ''}"
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + _THREADS_END_SECONDS
+    while (threads := sum(1 for _ in Path("/proc/self/task").iterdir())) != 1:
+        if time.monotonic() > deadline:
+            return f"since importing vLLM started {threads - 1} thread{'s' if threads > 2 else ''}"
+        time.sleep(_POLL_SECONDS / 10)
     devices = open_devices()
     return f"since importing vLLM opened {', '.join(devices)}" if devices else ""
 

@@ -127,6 +127,8 @@ def _load() -> None:
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
         _import_model(Path(manifest.model_path))
+        # torch.distributed empties a cache of the compiler, and with it imports that, if it finds it there.
+        deferred.forget("torch._dynamo")
     if logs.is_json():
         del os.environ["VLLM_CONFIGURE_LOGGING"]
     _write_variables()

@@ -55,7 +55,8 @@ def test_a_recorded_start_helps_the_next(
     assert any(path.endswith(".pyc") for path in found["listed"])
     assert not any(path.startswith("/models/") for path in found["listed"])
     assert any("/torch/" in path and path.endswith(".pyc") for path in found["listed"])
-    assert not any("/torch/_dynamo/" in path or "/sympy/" in path for path in found["listed"])
+    unused = [path for path in found["listed"] if "/torch/_dynamo/" in path or "/sympy/" in path]
+    assert not any(path.endswith(".pyc") for path in unused)
     assert found["structures"] > 1  # of this very installation, or they would not be used
     assert found["template_threads"] == [1]
     assert found["resident"] < 2 << 30  # the KV cache alone is 2 GiB, and nobody has used it
@@ -134,14 +135,23 @@ def test_read_ahead_stays_within_half_of_the_memory_limit(limit: int, plain: Any
 _PROBE = """
 import json, os, sys, threading, time
 
+def link(descriptor):
+    try:
+        return os.readlink(f"/proc/self/fd/{descriptor}")
+    except OSError:  # the one that listed them
+        return ""
+
 def look():
     import asyncio
+    template = sys.modules.get("runtime.template")
+    if template is None or template.__spec__._initializing:
+        return  # it looks for itself whether it may be forked
     torch, zmq = sys.modules["torch"], sys.modules.get("zmq")
-    links = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if int(fd) > 2]
+    links = [link(descriptor) for descriptor in os.listdir("/proc/self/fd") if int(descriptor) > 2]
     seen = {
         "pid": os.getpid(),
         "threads": len(os.listdir("/proc/self/task")),
-        "open": [link for link in links if not link.startswith(("/proc", "pipe:", "socket:"))],
+        "open": [p for p in links if p.startswith(("/dev/", "anon_inode:")) and p != "/dev/null"],
         "event_loop": asyncio._get_running_loop() is not None,
         "zmq_context": zmq is not None and zmq.Context._instance is not None,
         "cuda": torch.cuda.is_initialized(),
@@ -194,7 +204,8 @@ def test_where_forking_is_not_safe_processes_are_spawned(
     wait_ready(container)
     assert ask(container)["chat"] == "The capital of France is Paris."
     assert "forking is not safe, since importing vLLM started 1 thread;" in container.logs()
-    assert _json(container, ["python3", "-c", _TREE]) == {"forkserver": 0, "spawned": 2}
+    forkservers, spawned = _json(container, ["python3", "-c", _TREE])
+    assert forkservers == 0 < spawned
 
 
 def test_every_module_has_bytecode(plain: Any, start: Callable[..., Container]) -> None:

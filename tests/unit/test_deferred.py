@@ -85,6 +85,30 @@ def test_what_is_kept_elsewhere_still_forwards(put: Put) -> None:
     assert real.size == 4
 
 
+def test_nothing_is_an_instance_of_what_has_not_run(put: Put) -> None:
+    put("lazy.py", "class Base: pass\n")
+    told = _defer({"lazy": ("Base",)})
+    name = importlib.import_module("lazy").Base
+    assert not isinstance(3, name)
+    assert not issubclass(int, name)
+    assert told == []
+    assert isinstance(name(), name)
+
+
+def test_forgotten_package_is_imported_again_before_its_module(put: Put) -> None:
+    put("pack/__init__.py", "import counter\ncounter.ran.append('pack')\n")
+    put("pack/child.py", "import counter\ncounter.ran.append('child')\ndef f(): return 3\n")
+    put("counter.py", "ran = []\n")
+    _defer({"pack": (), "pack.child": ("f",)})
+    old, name = importlib.import_module("pack"), importlib.import_module("pack.child").f
+    deferred.forget("pack")
+    assert "pack" not in sys.modules
+    assert name() == 3
+    assert importlib.import_module("counter").ran == ["pack", "child"]
+    assert old.counter is sys.modules["pack"].counter  # whoever kept the first sees the second
+    assert importlib.import_module("counter").ran == ["pack", "child"]
+
+
 def test_error_appears_at_each_touch(put: Put) -> None:
     put("lazy.py", "raise RuntimeError('no such library')\n")
     _defer({"lazy": ("f",)})
