@@ -209,8 +209,6 @@ class Supervisor:
         preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
         if preload:
             os.environ["LD_PRELOAD"] = preload
-        # numpy's BLAS starts its threads when it is loaded, and a process with threads cannot be forked.
-        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
         context = processes.context()
         context.set_forkserver_preload(["runtime.template"])
         arguments = (self._settings, listener, channel, self._lifecycle.started)
