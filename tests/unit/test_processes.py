@@ -95,3 +95,19 @@ def test_a_process_that_starts_while_all_are_ended_is_ended_and_its_semaphores_a
         """
     ).split(maxsplit=1)
     assert (semaphore, left) == ("False", "[] 1")
+
+
+def test_an_open_device_and_a_thread_forbid_a_fork(tmp_path: Path) -> None:
+    said = _run(f"""
+        import threading
+        processes._DEVICES = ("{tmp_path}/nvidia",)
+        print(repr(processes.why_not_fork()))
+        with open("{tmp_path}/nvidia0", "w"), open("{tmp_path}/other", "w"):
+            print(processes.why_not_fork())
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        print(processes.why_not_fork(), flush=True)
+        os._exit(0)
+    """).splitlines()
+    assert said[0] == "''"
+    assert said[1] == f"since importing vLLM opened {tmp_path}/nvidia0"
+    assert said[2] == "since importing vLLM started 1 thread"
