@@ -110,7 +110,9 @@ async def _serve(
         moment = now()
         trace.emit(Phase.MODEL_DOWNLOAD, moment, moment, detail=detail)
     with trace.span(Phase.CONFIG_PARSE):
-        args = _parse(settings.vllm_args())
+        # Ours is in place; vLLM would put its own over it.
+        logging = ["--logging-config", json.dumps({"configure_logging": False})] if logs.is_json() else []
+        args = _parse([*settings.vllm_args(), *logging])
         engine_args = AsyncEngineArgs.from_cli_args(args)
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     if Switch.CORE_BESIDE_TOKENIZER.on:

@@ -91,7 +91,7 @@ def test_changed_engine_argument_sends_no_weight(
     other = build("smollm2:other", "--served-model-name", "other", engine_args=("--max-model-len", "1024"))
     assert other["weights_reused"]
     first, second = (engine.require_image(built["tag"]).layers for built in (plain, other))
-    below = second[:-1]  # the last one is the layer of runtime and manifest
+    below = second[:-2]  # the last ones are runtime and manifest, and the runtime's bytecode
     assert first[: len(below)] == below
     labels = engine.require_image(other["tag"]).labels
     assert labels["org.opencontainers.image.title"] == "SmolLM2-135M-Instruct"
@@ -134,7 +134,8 @@ def test_rendered_folders_build_to_the_same_image(
     bare = build("smollm2:bare")
     tag = f"{PREFIX}/rendered:1"
     out = tmp_path / "out"
-    done = coldstart("render", "-o", str(out), model, "--base", base, "-t", tag, "--", *ENGINE_ARGS)
+    flags = ("--base", base, "-t", tag, "--optimize", "startup")
+    done = coldstart("render", "-o", str(out), model, *flags, "--", *ENGINE_ARGS)
     assert done.code == 0, done.err
     commands = done.out.strip().splitlines()
     assert len(commands) == 2
