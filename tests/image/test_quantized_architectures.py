@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import docker
-import numpy as np
 import pytest
 from safetensors import deserialize, safe_open
 
@@ -31,22 +30,6 @@ from tests.image.tiny_models import TEXT
 HERE = Path(__file__).parent
 SEEING = ("gemma3_vl", "llava", "qwen2_5_vl")
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
-
-
-def _e4m3(bits: int) -> float:
-    """A number of the format: sign, four bits of exponent (bias 7), three of mantissa, no infinity."""
-    sign, exponent, mantissa = bits >> 7, bits >> 3 & 15, bits & 7
-    if exponent == 15 and mantissa == 7:
-        return float("nan")
-    value = mantissa / 8 * 2**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7)
-    return -value if sign else value
-
-
-_E4M3 = np.array([_e4m3(bits) for bits in range(256)], dtype=np.float32)
-
-
-def _bfloat16(data: bytes) -> Any:
-    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 @pytest.fixture(scope="module")
