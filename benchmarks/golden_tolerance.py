@@ -25,7 +25,7 @@ _COMPILED = ("--no-enforce-eager",)
 _STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("eager", (), 8),
     ("eager, one at a time", (), 1),
-    ("eager float32", ("--dtype", "float32"), 8),
+    ("eager-float32", ("--dtype", "float32"), 8),
     ("compiled", _COMPILED, 8),
 )
 # Inside the image, with the image's own runtime.

@@ -29,7 +29,8 @@ measure() {
 }
 
 build "$AWQ" --quantize awq --optimize startup
-build "$COMPILED" # as it comes: the fastest mode and dtype that answers right
+build "$COMPILED" --no-prewarm
+coldstart prewarm "$COMPILED" --mode compiled-float32 # the compiled one that answers right
 weights=$(build "$EAGER" --optimize startup | python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
 export DOCKER_BUILDKIT=0
 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile

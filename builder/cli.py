@@ -281,6 +281,12 @@ def prewarm(
         Path | None,
         typer.Option("--from", help="Folder that `python3 -m runtime warm` wrote, instead of a start here."),
     ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="How to run the engine (eager, compiled, …) if it answers right; else as --optimize chooses."
+        ),
+    ] = None,
 ) -> None:
     """Start an image once and add what that start recorded, so that the next ones are faster."""
     from builder import build as pipeline
@@ -300,7 +306,7 @@ def prewarm(
         )
     else:
         made = prewarming.prewarm(
-            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter
+            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter, mode=mode
         )
     typer.echo(f"{image} {made.id}")
 

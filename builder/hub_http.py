@@ -7,11 +7,11 @@ Retry-After says, and take a reset connection for the end. Cut bodies it continu
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from itertools import count
+from time import sleep
 from typing import Any
 
 import httpx2
@@ -63,7 +63,7 @@ class RetryingClient(httpx2.Client):
             if waited + pause > _PATIENCE:
                 raise GaveUpError(f"{problem} and asks to wait {pause:.0f} s")
             self._note(f"{problem}; trying again in {pause:.0f} s")
-            time.sleep(pause)
+            sleep(pause)
             waited += pause
             wait *= 2
         raise AssertionError("the loop returns or raises")

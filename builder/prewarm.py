@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from builder import render
 from builder.docker_engine import Container, DockerEngine, ImageInfo
@@ -33,19 +34,29 @@ class Prewarmed:
     report: Mapping[str, Any]
 
 
-def prewarm(engine: DockerEngine, tag: str, *, label: str, cache: Path, reporter: Reporter) -> Prewarmed:
+def prewarm(
+    engine: DockerEngine,
+    tag: str,
+    *,
+    label: str,
+    cache: Path,
+    reporter: Reporter,
+    mode: str | None = None,
+) -> Prewarmed:
     """Add the state to the image `tag`, which then names the result.
 
-    label: "name=value" of the build, as for DockerEngine.build. Raises HostError where this host cannot run
-    the image, BuildError when it runs and does not become ready.
+    label: "name=value" of the build, as for DockerEngine.build. mode: the one to record, in place of the one
+    that the image's `--optimize` would choose. Raises HostError where this host cannot run the image,
+    BuildError when it runs and does not become ready.
     """
     image = engine.require_image(tag)
-    folder = cache.absolute() / "state" / image.id.removeprefix("sha256:")
+    name = image.id.removeprefix("sha256:") + (f"-{quote(mode, safe='')}" if mode else "")
+    folder = cache.absolute() / "state" / name
     with exclusive(folder.with_suffix(".lock"), "this image is being started", reporter):
         if not folder.is_dir():
             reporter.step(f"Starting {tag}, to record what a start needs")
             with finished_folder(folder) as partial:
-                for name, data in _record(engine, tag, image, reporter).items():
+                for name, data in _record(engine, tag, image, mode, reporter).items():
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(data)
     return add_state(engine, tag, folder, label=label, reporter=reporter)
@@ -84,10 +95,12 @@ def _report(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _record(engine: DockerEngine, tag: str, image: ImageInfo, reporter: Reporter) -> dict[str, bytes]:
+def _record(
+    engine: DockerEngine, tag: str, image: ImageInfo, mode: str | None, reporter: Reporter
+) -> dict[str, bytes]:
     container = engine.start(
         tag,
-        arguments=["warm", "--output", _OUTPUT],
+        arguments=["warm", "--output", _OUTPUT, *(("--mode", mode) if mode else ())],
         network="none",
         publish=False,
         gpus=image.labels.get("dev.coldstart.device") == "cuda",
@@ -96,7 +109,7 @@ def _record(engine: DockerEngine, tag: str, image: ImageInfo, reporter: Reporter
         code = _follow(container, reporter)
         if code != 0:
             raise BuildError(
-                f"{tag} was built, but does not start here",
+                f"{tag} is built, but its start could not be recorded",
                 why=f"`python3 -m runtime warm` ended with exit code {code}.",
                 fix="See its output above; `--no-prewarm` builds without this check.",
                 log="\n".join(container.logs().splitlines()[-_LOG_LINES:]),

@@ -66,14 +66,13 @@ def main(argv: list[str]) -> int:
         if {"-h", "--help"} & set(rest):
             print(settings_module.help_text(settings_module.read_vllm_arguments()))
             return 0
-        output = settings_module.take_output(rest) if command == "warm" else None
-        return _serve(rest, output)
+        return _serve(rest, settings_module.take_warm_options(rest) if command == "warm" else None)
     except settings_module.SettingsError as error:
         return _stop(str(error), EXIT_SETTINGS)
 
 
-def _serve(argv: list[str], output: "Path | None") -> int:
-    """Serve; or, with a folder to write to, warm. Raises SettingsError."""
+def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
+    """Serve; or, with a folder to write to and the mode that is insisted on, warm. Raises SettingsError."""
     from contextlib import nullcontext
     from dataclasses import replace
 
@@ -97,10 +96,12 @@ def _serve(argv: list[str], output: "Path | None") -> int:
     except preflight.PreflightError as error:
         return _stop(str(error), EXIT_PREFLIGHT)
 
-    if output:
+    if recorded:
         from runtime.warm import warm
 
-        return warm(settings, flags, facts, output)
+        output, mode = recorded
+        insisted = modes.named(settings, mode) if mode else None
+        return warm(settings, flags, facts, output, insisted)
 
     os.environ[switches.VARIABLE] = ",".join(settings.off)
     os.environ.update(guard.loopback_environment(settings.engine_args, os.environ))

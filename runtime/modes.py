@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from runtime import fingerprint, preflight, state
-from runtime.settings import Settings, pairs
+from runtime.settings import Settings, SettingsError, pairs
 from runtime.state import Mode
 
 # A faster engine is worth a longer start from here on, when neither is asked for before the other.
 BALANCED_GAIN = 1.2
 
 _EAGER = Mode("eager", ("--enforce-eager",))
-_DEFAULT = Mode("vLLM's default")
+_DEFAULT = Mode("default")
 _COMPILED_CPU = Mode(
     "compiled",
     ("--no-enforce-eager",),
@@ -34,9 +34,9 @@ _CANDIDATES: Mapping[tuple[str, str], tuple[Mode, ...]] = {
     ("cpu", "startup"): (),
     ("cpu", "balanced"): (_COMPILED_CPU,),
     ("cpu", "throughput"): (_COMPILED_CPU,),
-    ("cuda", "startup"): (Mode("few graphs", ("-O1", "--max-cudagraph-capture-size", "8"), _PLAN),),
+    ("cuda", "startup"): (Mode("few-graphs", ("-O1", "--max-cudagraph-capture-size", "8"), _PLAN),),
     ("cuda", "balanced"): (replace(_DEFAULT, environment=_PLAN),),
-    ("cuda", "throughput"): (Mode("-O3", ("-O3",), _PLAN), replace(_DEFAULT, environment=_PLAN)),
+    ("cuda", "throughput"): (Mode("O3", ("-O3",), _PLAN), replace(_DEFAULT, environment=_PLAN)),
 }
 
 
@@ -92,21 +92,36 @@ def reference(candidate: Mode | None = None) -> Mode:
     if "--dtype" not in args:
         return _EAGER
     dtype = args[args.index("--dtype") + 1]
-    return Mode(f"eager {dtype}", (*_EAGER.engine_args, "--dtype", dtype))
+    return Mode(f"eager-{dtype}", (*_EAGER.engine_args, "--dtype", dtype))
 
 
-def candidates(settings: Settings) -> tuple[Mode, ...]:
-    """Modes to try besides the reference, none that contradicts an argument of the user's."""
+def named(settings: Settings, name: str) -> Mode:
+    """The mode of this name, whatever `--optimize` is. Raises SettingsError."""
+    known = {how for device, how in _CANDIDATES if device == settings.manifest.device}
+    found = {mode.name: mode for how in known for mode in candidates(settings, how)} | {_EAGER.name: _EAGER}
+    if name not in found:
+        raise SettingsError(
+            f"--mode {name}: no such mode for this image and these arguments; there are: "
+            + ", ".join(sorted(found))
+        )
+    return found[name]
+
+
+def candidates(settings: Settings, optimize: str | None = None) -> tuple[Mode, ...]:
+    """Modes to try besides the reference, none that contradicts an argument of the user's.
+
+    optimize: the image's own unless another is given.
+    """
     manifest = settings.manifest
     given = dict(pairs((*manifest.engine_args, *settings.engine_args)))
     if "--enforce-eager" in given:
         return ()
-    found = _CANDIDATES[manifest.device, manifest.optimize]
+    found = _CANDIDATES[manifest.device, optimize or manifest.optimize]
     # float32 tells apart what bf16 cannot, and compiled it may still be faster than eager.
     wider = manifest.quantization is None and manifest.dtype not in (None, "float32")
     if manifest.device == "cpu" and wider and "--dtype" not in given:
         found += tuple(
-            Mode(f"{mode.name} float32", (*mode.engine_args, "--dtype", "float32"), mode.environment)
+            Mode(f"{mode.name}-float32", (*mode.engine_args, "--dtype", "float32"), mode.environment)
             for mode in found
         )
     return found

@@ -536,14 +536,23 @@ def manifest_path(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("COLDSTART_MANIFEST", str(MANIFEST_PATH)))
 
 
-def take_output(argv: list[str]) -> Path:
-    """Take `--output FOLDER` out of the arguments of `warm`. Raises SettingsError."""
-    if "--output" not in argv[:-1]:
+def take_warm_options(argv: list[str]) -> tuple[Path, str | None]:
+    """Take `--output FOLDER` and `--mode NAME` out of the arguments of `warm`. Raises SettingsError."""
+    output, mode = _take(argv, "--output"), _take(argv, "--mode")
+    if output is None:
         raise SettingsError("warm needs --output FOLDER, the folder to write to")
-    at = argv.index("--output")
-    folder = Path(argv[at + 1])
+    return Path(output), mode
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    if flag not in argv:
+        return None
+    at = argv.index(flag)
+    if at + 1 == len(argv):
+        raise SettingsError(f"{flag} needs a value")
+    value = argv[at + 1]
     del argv[at : at + 2]
-    return folder
+    return value
 
 
 def read_manifest(environ: Mapping[str, str] = os.environ) -> Manifest:

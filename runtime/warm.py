@@ -1,9 +1,9 @@
-"""`python3 -m runtime warm --output FOLDER [FLAGS]`: starts the server and records what starts need.
+"""`python3 -m runtime warm --output FOLDER [--mode NAME] [FLAGS]`: starts the server and records its start.
 
-First each mode that may serve here: its golden answers against those of a plain eager start, its speed, and
-what it compiles. Then, with the best one, a last start from its own recording, which lists the files that a
-start opens and proves that nothing is compiled again. For `coldstart prewarm`, which adds the folder to the
-image. Works in any container engine.
+First each mode that may serve here, or only the one that is named: its golden answers against those of a
+plain eager start, its speed, and what it compiles. Then, with the best one, a last start from its own
+recording, which lists the files that a start opens and proves that nothing is compiled again. For
+`coldstart prewarm`, which adds the folder to the image. Works in any container engine.
 """
 
 from __future__ import annotations
@@ -48,12 +48,17 @@ class WarmError(Exception):
         self.code = code
 
 
-def warm(settings: Settings, argv: Sequence[str], facts: Facts, output: Path) -> int:
-    """Exit code 0 when `output` is complete; else the server's own. facts: as preflight found them."""
+def warm(
+    settings: Settings, argv: Sequence[str], facts: Facts, output: Path, insisted: Mode | None = None
+) -> int:
+    """Exit code 0 when `output` is complete; else the server's own. facts: as preflight found them.
+
+    insisted: the mode to record, if it answers right, in place of the one that `--optimize` would choose.
+    """
     output.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="coldstart-warm-") as folder:
-            _Warm(settings, argv, facts, output, Path(folder)).run()
+            _Warm(settings, argv, facts, output, Path(folder)).run(insisted)
     except WarmError as error:
         logs.say(f"warm: not recorded: {error}", "error")
         return error.code
@@ -69,12 +74,16 @@ class _Warm:
         self._url = f"http://127.0.0.1:{settings.port}"
         self._chat = False
         self._golden: dict[str, list[golden.Answer]] = {}
-        self._caches: dict[str, Path] = {}
         self._report: dict[str, Any] = {"optimize": settings.manifest.optimize, "modes": []}
 
-    def run(self) -> None:
-        candidates = modes.candidates(self._settings)
-        chosen = self._compare(candidates).mode if candidates else modes.reference()
+    def run(self, insisted: Mode | None) -> None:
+        if insisted:
+            chosen = insisted
+            if insisted != modes.reference():
+                self._hold_to_eager(insisted)
+        else:
+            candidates = modes.candidates(self._settings)
+            chosen = self._compare(candidates).mode if candidates else modes.reference()
         self._report["chosen"] = chosen.name
         logs.say(f"warm: recording a start: {chosen.name}")
         self._record(chosen)
@@ -84,18 +93,13 @@ class _Warm:
         optimize = self._settings.manifest.optimize
         eager = self._refer(modes.reference())
         right = []
-        for number, mode in enumerate(candidates):
+        for mode in candidates:
             reference = modes.reference(mode)
             if reference.name not in self._golden:
                 self._refer(reference)
-            logs.say(f"warm: trying {mode.name}: the first start compiles, which takes minutes")
-            with self._server(mode, self._folder / f"candidate-{number}"):
-                said = golden.compare(self._golden[reference.name], self._ask())
-                if said.ok:
-                    right.append(self._measure(mode, said))
-                else:
-                    self._tell(mode, said, None)
-            if said.ok and optimize != "throughput":
+            if measured := self._try(mode):
+                right.append(measured)
+            if measured and optimize != "throughput":
                 break  # the first is preferred; the others are for where it answers differently
         chosen = modes.choose(optimize, eager, right)
         fastest = max((eager, *right), key=lambda one: one.rate)
@@ -112,8 +116,28 @@ class _Warm:
         )
         return chosen
 
+    def _hold_to_eager(self, mode: Mode) -> None:
+        eager = self._refer(modes.reference(mode))
+        measured = self._try(mode)
+        if measured is None:
+            raise WarmError(f"--mode {mode.name} is refused, see above")
+        self._report |= {
+            "tokens_per_second": measured.rate,
+            "against_eager": measured.rate / eager.rate - 1,
+        }
+
+    def _try(self, mode: Mode) -> Measured | None:
+        """None where it answers differently from eager of its dtype, which was asked already."""
+        logs.say(f"warm: trying {mode.name}: the first start compiles, which takes minutes")
+        with self._server(mode):
+            said = golden.compare(self._golden[modes.reference(mode).name], self._ask())
+            if said.ok:
+                return self._measure(mode, said)
+            self._tell(mode, said, None)
+            return None
+
     def _refer(self, mode: Mode) -> Measured:
-        with self._server(mode, self._folder / f"reference {mode.name}"):
+        with self._server(mode):
             self._chat = golden.has_chat(self._url, self._settings.served_model_name)
             self._golden[mode.name] = self._ask()
             return self._measure(mode)
@@ -137,16 +161,14 @@ class _Warm:
     def _record(self, mode: Mode) -> None:
         """Write the recording of `mode`, start from it, and prove that the start used it."""
         answers = self._golden.get(modes.reference(mode).name)
-        cache = self._caches.get(mode.name)
-        if cache is None:
-            cache = self._folder / "cache"
-            with self._server(mode, cache):
+        if not self._cache(mode).is_dir():
+            with self._server(mode):
                 self._ask_once()
-        recording = self._write(mode, cache)
+        recording = self._write(mode, self._cache(mode))
         if answers:
             golden.write(recording.folder / golden.FILE, answers)
         environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
-        with self._server(None, None, environment) as pid:
+        with self._server(None, environment) as pid:
             startup = golden.get(f"{self._url}/startup")
             if startup["recording"]["status"] != "used":
                 raise WarmError(f"the start did not use its own recording: {startup['recording']['reason']}")
@@ -184,16 +206,18 @@ class _Warm:
         recording.write()
         return recording
 
+    def _cache(self, mode: Mode) -> Path:
+        """The folder with what a server of this mode compiled."""
+        return self._folder / mode.name
+
     @contextmanager
-    def _server(
-        self, mode: Mode | None, cache: Path | None, environment: Mapping[str, str] | None = None
-    ) -> Iterator[int]:
-        """A server while the block runs; its pid. mode and cache: none, to start as the image would."""
+    def _server(self, mode: Mode | None, environment: Mapping[str, str] | None = None) -> Iterator[int]:
+        """A server while the block runs; its pid. mode: none, to start as the image would."""
         variables = {**os.environ, "COLDSTART_DRAIN_DELAY": "0", **(environment or {})}
         arguments = list(self._argv)
-        if mode is not None and cache is not None:
+        if mode is not None:
+            cache = self._cache(mode)
             cache.mkdir()
-            self._caches[mode.name] = cache
             off = ",".join(filter(None, (variables.get(OFF), Switch.RECORDING.label)))
             variables |= {**mode.environment, **state.cache_environment(cache), OFF: off}
             variables[record.VARIABLES_VARIABLE] = str(cache / record.VARIABLES)

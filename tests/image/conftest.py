@@ -152,7 +152,11 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
     tags: list[str] = []
 
     def run(
-        name: str, *flags: str, engine_args: Sequence[str] = ENGINE_ARGS, folder: Path | None = None
+        name: str,
+        *flags: str,
+        engine_args: Sequence[str] = ENGINE_ARGS,
+        folder: Path | None = None,
+        base: str = base,
     ) -> Any:
         tag = f"{PREFIX}/{name}"
         flags = ("--no-prewarm", "--optimize", "startup", *flags)

@@ -240,6 +240,6 @@ def test_image_that_does_not_start_is_told(model: str, base: str, engine: Docker
     done = coldstart("build", model, "--base", base, "-t", tag, "--", "--max-model-len", "999999")
     engine.remove_image(tag)
     assert done.code == 5
-    assert "does not start here" in done.err
+    assert "its start could not be recorded" in done.err
     assert "max_model_len" in done.err  # vLLM's own words
     assert "Traceback" not in done.err.split("error:")[-1]

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from builder.docker_engine import CONTAINER_PREFIX
+from builder.docker_engine import CONTAINER_PREFIX, Container
+from tests.image.conftest import wait_ready
 from tests.image.test_shutdown import NOTHING
 from tests.models import write_llama
 
@@ -173,3 +174,33 @@ def test_what_the_container_lacks_is_told_in_the_last_line(
     assert last_line.startswith(f"coldstart: exit {code}: ")
     for word in words:
         assert word in last_line
+
+
+_EAT_MEMORY = """
+import json, pathlib, urllib.request
+with urllib.request.urlopen("http://127.0.0.1:8000/startup") as answer:
+    phases = json.load(answer)["phases"]
+core = {event["pid"] for event in phases if event["process"] == "EngineCore"}.pop()
+pathlib.Path(f"/proc/{core}/oom_score_adj").write_text("1000")
+eaten = []
+while True:
+    eaten.append(b"x" * (16 << 20))
+"""
+
+
+def test_the_kernel_takes_the_engine_core_for_want_of_memory(
+    tiny: Any, run: Callable[..., Container]
+) -> None:
+    """While it serves; what eats the memory is beside it, and the core the kernel's first choice."""
+    container = run(("--memory", "3g", "--memory-swap", "3g", "--restart", "no"), tiny["tag"])
+    wait_ready(container)
+    subprocess.run(
+        ["docker", "exec", container.id, "python3", "-c", _EAT_MEMORY],
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert container.wait(60) == 1
+    last_line = container.logs().rstrip().rpartition("\n")[2]
+    assert "out of memory" in last_line
+    assert _MORE_MEMORY in last_line

@@ -72,7 +72,7 @@ def test_code_of_the_repository_runs_at_the_build_without_token_network_or_root(
     )
     try:
         assert built.code == 5
-        assert "was built, but does not start here" in built.err
+        assert "is built, but its start could not be recorded" in built.err
         said = re.search(r"SEEN (\{.*?\}) NEES", built.err)
         assert said, built.err
         assert json.loads(said[1]) == {

@@ -26,7 +26,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     waited: list[float] = []
-    monkeypatch.setattr("builder.hub_http.time.sleep", waited.append)
+    monkeypatch.setattr("builder.hub_http.sleep", waited.append)
     return waited
 
 

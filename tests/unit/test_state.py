@@ -171,15 +171,15 @@ def test_the_users_arguments_come_after_those_of_the_mode(
 @pytest.mark.parametrize(
     ("changes", "argv", "names"),
     [
-        ({}, (), ["compiled", "compiled float32"]),
+        ({}, (), ["compiled", "compiled-float32"]),
         ({"optimize": "startup"}, (), []),
         ({}, ("--enforce-eager",), []),
         ({}, ("--dtype", "float16"), ["compiled"]),
         ({"quantization": "compressed-tensors int4"}, (), ["compiled"]),
         ({"dtype": "float32"}, (), ["compiled"]),
-        ({"device": "cuda"}, (), ["vLLM's default"]),
-        ({"device": "cuda", "optimize": "startup"}, (), ["few graphs"]),
-        ({"device": "cuda", "optimize": "throughput"}, (), ["-O3", "vLLM's default"]),
+        ({"device": "cuda"}, (), ["default"]),
+        ({"device": "cuda", "optimize": "startup"}, (), ["few-graphs"]),
+        ({"device": "cuda", "optimize": "throughput"}, (), ["O3", "default"]),
     ],
 )
 def test_the_modes_that_are_tried(changes: dict[str, Any], argv: tuple[str, ...], names: list[str]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from runtime import golden, prefetch, record, state, warm
+from runtime import golden, modes, prefetch, record, state, warm
 from runtime.golden import Answer
 from runtime.preflight import Facts
-from runtime.settings import Manifest, load
+from runtime.settings import Manifest, SettingsError, load
 from runtime.state import Mode, Recording
 
 FACTS = Facts(False, 0, None, None, None, None, (), None)
@@ -38,15 +38,13 @@ class Stub:
         stub = self
 
         @contextmanager
-        def server(
-            self: Any, mode: Mode | None, cache: Path | None, environment: Any = None
-        ) -> Iterator[int]:
+        def server(self: Any, mode: Mode | None, environment: Any = None) -> Iterator[int]:
             stub.started.append(mode.name if mode else "recording")
-            if mode is not None and cache is not None:
+            if mode is not None:
+                cache = self._cache(mode)
                 (cache / "vllm").mkdir(parents=True)
                 (cache / "vllm" / "model").write_text(mode.name)
                 (cache / record.VARIABLES).write_text('["VLLM_X"]')
-                self._caches[mode.name] = cache
             else:
                 (output / record.OPENED).write_text("/etc/hostname\n")
             yield 1 << 22  # a process without any below it
@@ -74,17 +72,17 @@ class Stub:
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stub:
     """bf16 compiled answers differently, float32 compiled is right and fast."""
     made = Stub(
-        {"eager": RIGHT, "compiled": OTHER, "eager float32": RIGHT, "compiled float32": RIGHT},
-        {"eager": 100.0, "eager float32": 80.0, "compiled float32": 150.0},
+        {"eager": RIGHT, "compiled": OTHER, "eager-float32": RIGHT, "compiled-float32": RIGHT},
+        {"eager": 100.0, "eager-float32": 80.0, "compiled-float32": 150.0},
     )
     made.last = RIGHT
     made.install(monkeypatch, tmp_path)
     return made
 
 
-def run(output: Path, optimize: str = "balanced", *argv: str) -> int:
+def run(output: Path, optimize: str = "balanced", *argv: str, mode: str | None = None) -> int:
     settings = load(argv, {}, replace(MANIFEST, optimize=optimize))
-    return warm.warm(settings, argv, FACTS, output)
+    return warm.warm(settings, argv, FACTS, output, modes.named(settings, mode) if mode else None)
 
 
 def read(output: Path) -> Recording:
@@ -97,22 +95,49 @@ def test_the_mode_that_answers_differently_is_refused_and_the_next_is_recorded(
 ) -> None:
     assert run(tmp_path) == 0
     made = read(tmp_path)
-    assert made.mode.name == "compiled float32"
+    assert made.mode.name == "compiled-float32"
     assert "--no-enforce-eager" in made.mode.engine_args
-    assert (made.folder / state.FILES / "vllm" / "model").read_text() == "compiled float32"
+    assert (made.folder / state.FILES / "vllm" / "model").read_text() == "compiled-float32"
     assert golden.read(made.folder / golden.FILE) == [RIGHT]
-    assert made.report["chosen"] == "compiled float32"
+    assert made.report["chosen"] == "compiled-float32"
     assert made.report["against_eager"] == pytest.approx(0.5)
     assert (tmp_path / prefetch.FILE_LIST).read_text() == "/etc/hostname\n"
     said = capsys.readouterr().err
     assert "compiled: refused; answers differently" in said
-    assert "serves with compiled float32: 150 tokens/s, +50% against eager" in said
+    assert "serves with compiled-float32: 150 tokens/s, +50% against eager" in said
 
 
 def test_eager_is_recorded_where_nothing_is_gained(stub: Stub, tmp_path: Path) -> None:
-    stub.rates = {**stub.rates, "compiled float32": 110.0}
+    stub.rates = {**stub.rates, "compiled-float32": 110.0}
     assert run(tmp_path) == 0
     assert read(tmp_path).mode.name == "eager"
+
+
+def test_a_mode_that_is_insisted_on_is_recorded_however_slow(stub: Stub, tmp_path: Path) -> None:
+    stub.rates = {**stub.rates, "compiled-float32": 1.0}
+    assert run(tmp_path, "startup", mode="compiled-float32") == 0
+    assert stub.started == ["eager-float32", "compiled-float32", "recording"]
+    assert read(tmp_path).report["against_eager"] == pytest.approx(1 / 80 - 1)
+
+
+def test_a_mode_that_is_insisted_on_must_answer_right(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, mode="compiled") == 1
+    assert "--mode compiled is refused" in capsys.readouterr().err
+    assert not state.recordings(tmp_path)
+
+
+def test_eager_is_recorded_on_demand_without_trying_others(stub: Stub, tmp_path: Path) -> None:
+    assert run(tmp_path, mode="eager") == 0
+    assert stub.started == ["eager", "recording"]
+
+
+@pytest.mark.parametrize("argv", [(), ("--enforce-eager",)])
+def test_an_unknown_mode_is_refused_with_those_that_there_are(argv: tuple[str, ...]) -> None:
+    name = "compiled" if argv else "fast"
+    with pytest.raises(SettingsError, match=f"--mode {name}: no such mode .* there are: .*eager"):
+        modes.named(load(argv, {}, MANIFEST), name)
 
 
 def test_startup_tries_nothing(stub: Stub, tmp_path: Path) -> None:
