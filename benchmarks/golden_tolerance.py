@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from builder.docker_engine import DockerEngine
+from runtime.golden import Answer, compare
 
 _READY_SECONDS = 900
 _COMPILED = ("--no-enforce-eager",)
@@ -32,7 +32,6 @@ _STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 _ASK = """
 import json, sys
 from dataclasses import asdict
-from runtime import golden
 golden._AT_ONCE = int(sys.argv[1])
 url = "http://127.0.0.1:8000"
 model = golden.get(f"{url}/v1/models")["data"][0]["id"]
@@ -41,7 +40,7 @@ print(json.dumps([asdict(answer) for answer in answers]))
 """
 
 
-def answers(engine: DockerEngine, image: str, arguments: Sequence[str], at_once: int) -> Any:
+def answers(engine: DockerEngine, image: str, arguments: Sequence[str], at_once: int) -> list[Answer]:
     environment = {"TORCH_COMPILE_DISABLE": "0"} if _COMPILED[0] in arguments else {}
     container = engine.start(
         image,
@@ -56,33 +55,22 @@ def answers(engine: DockerEngine, image: str, arguments: Sequence[str], at_once:
         code, output = container.run(["python3", "-c", _ASK, str(at_once)])
         if code:
             raise SystemExit(output)
-        return json.loads(output.strip().splitlines()[-1])
+        said = json.loads(output.strip().splitlines()[-1])
+        return [Answer(tuple(answer["tokens"]), tuple(answer["top"])) for answer in said]
     finally:
         container.remove()
 
 
-def compare(left: Any, right: Any) -> dict[str, Any]:
-    """As golden.compare does, with every tie kept: natural logarithms, largest first."""
-    ties, differences, begun, same = [], [], 0, 0
-    for a, b in zip(left, right, strict=True):
-        for step, (mine, other) in enumerate(zip(a["tokens"], b["tokens"], strict=False)):
-            here, there = a["top"][step], b["top"][step]
-            if mine != other:
-                begun += step == 0
-                sides = ((here, mine, other), (there, other, mine))
-                gaps = [likely[x] - likely[y] for likely, x, y in sides if y in likely]
-                ties.append(round(max(gaps), 4) if len(gaps) == 2 else math.inf)
-                break
-            differences.append(abs(here[mine] - there[mine]))
-        else:
-            same += 1
+def describe(left: Sequence[Answer], right: Sequence[Answer]) -> dict[str, Any]:
+    """What runtime.golden.compare finds, with every tie kept: natural logarithms, largest first."""
+    found = compare(left, right)
     return {
-        "prompts": len(left),
-        "same": same,
-        "begun_differently": begun,
-        "tokens_compared": len(differences),
-        "mean": round(sum(differences) / len(differences), 5),
-        "ties": sorted(ties, reverse=True),
+        "prompts": found.prompts,
+        "same": found.same,
+        "begun_differently": len(found.begun_differently),
+        "tokens_compared": found.tokens,
+        "mean": round(found.mean, 5),
+        "ties": sorted((round(tie, 4) for tie in found.ties.values()), reverse=True),
     }
 
 
@@ -90,7 +78,7 @@ def main(image: str, result: Path) -> None:
     engine = DockerEngine()
     made = {name: answers(engine, image, arguments, at_once) for name, arguments, at_once in _STARTS}
     pairs = [
-        {"left": left, "right": right, **compare(made[left], made[right])}
+        {"left": left, "right": right, **describe(made[left], made[right])}
         for left, right in itertools.combinations(made, 2)
     ]
     time = datetime.now(UTC).isoformat(timespec="seconds")

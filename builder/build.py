@@ -259,7 +259,7 @@ def build(
     )
     recording: Mapping[str, Any] | None = None
     if prewarmed and spec.platform is None:
-        image, recording = _prewarm(plan, image, engine, reporter)
+        image, recording = _prewarm(plan, image, mount, engine, reporter)
     digest = engine.push(plan.tag, reporter) if push else None
     _remember_last(plan.tag)
     if mount:
@@ -316,14 +316,14 @@ def _mountable(snapshot: models.ModelSnapshot, reporter: Reporter) -> Path:
 
 
 def _prewarm(
-    plan: BuildPlan, image: str, engine: DockerEngine, reporter: Reporter
+    plan: BuildPlan, image: str, mount: Path | None, engine: DockerEngine, reporter: Reporter
 ) -> tuple[str, Mapping[str, Any] | None]:
     from builder.prewarm import obstacle, prewarm
 
-    if why_not := obstacle(engine, plan.manifest):
+    if why_not := obstacle(engine, plan.manifest, mount):
         reporter.note(f"Not started here to record its start: {why_not}. See `coldstart prewarm --help`.")
         return image, None
-    made = prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter)
+    made = prewarm(engine, plan.tag, label=plan.label, cache=cache_folder(), reporter=reporter, mount=mount)
     return made.id, made.report
 
 

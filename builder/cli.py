@@ -274,6 +274,14 @@ def render(
         typer.echo(f"docker build {platform_flag}-t {tag} {shlex.quote(str(output / folder))}")
 
 
+Mount = Annotated[
+    Path | None,
+    typer.Option(
+        file_okay=False, exists=True, help="The model's folder, for images built with --weights mount."
+    ),
+]
+
+
 @app.command()
 def prewarm(
     image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
@@ -287,6 +295,7 @@ def prewarm(
             help="How to run the engine (eager, compiled, …) if it answers right; else as --optimize chooses."
         ),
     ] = None,
+    mount: Mount = None,
 ) -> None:
     """Start an image once and add what that start recorded, so that the next ones are faster."""
     from builder import build as pipeline
@@ -299,14 +308,20 @@ def prewarm(
     label = f"dev.coldstart.model.digest=sha256:{manifest['model']['lock_digest']}"
     if recorded:
         made = prewarming.add_state(engine, image, recorded, label=label, reporter=reporter)
-    elif why_not := prewarming.obstacle(engine, manifest):
+    elif why_not := prewarming.obstacle(engine, manifest, mount):
         raise HostError(
             f"{image} cannot be started here: {why_not}",
             fix="Run its `python3 -m runtime warm --output DIR` where it can, and give --from DIR here.",
         )
     else:
         made = prewarming.prewarm(
-            engine, image, label=label, cache=pipeline.cache_folder(), reporter=reporter, mode=mode
+            engine,
+            image,
+            label=label,
+            cache=pipeline.cache_folder(),
+            reporter=reporter,
+            mode=mode,
+            mount=mount,
         )
     typer.echo(f"{image} {made.id}")
 
@@ -315,6 +330,7 @@ def prewarm(
 def verify(
     image: Annotated[str, typer.Argument(help="An image that coldstart built.")],
     start: Annotated[bool, typer.Option(help="Start it too, where this host can.")] = True,
+    mount: Mount = None,
     as_json: Json = False,
 ) -> None:
     """Check labels, digests, user, modes, that no token is in it; that it starts as recorded and answers."""
@@ -325,7 +341,7 @@ def verify(
     engine, reporter = DockerEngine(), _reporter()
     checks = run_checks(engine, image)
     if start:
-        checks += verify_start(engine, image, reporter)
+        checks += verify_start(engine, image, reporter, mount)
     failed = [check.name for check in checks if not check.ok]
     if as_json:
         rows = [{"name": c.name, "ok": c.ok, "found": c.found} for c in checks]
@@ -355,12 +371,6 @@ PngFile = Annotated[
 ]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a README.")]
 Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")]
-Mount = Annotated[
-    Path | None,
-    typer.Option(
-        file_okay=False, exists=True, help="The model's folder, for images built with --weights mount."
-    ),
-]
 Baseline = Annotated[
     str | None, typer.Option(help="Compare with this image, or with a file that --json wrote.")
 ]

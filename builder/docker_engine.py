@@ -77,6 +77,8 @@ class DockerEngine:
         info = self._client.info()
         self.data_root = str(info.get("DockerRootDir", "/var/lib/docker"))
         self.has_gpus = "nvidia" in (info.get("Runtimes") or {})
+        # As the client writes a Unix socket; over TCP or ssh it may be any machine.
+        self.is_local = self._client.api.base_url == "http+docker://localhost"
 
     # Images
 
@@ -399,7 +401,7 @@ class DockerEngine:
                 name=container,
                 labels=_TOOL_LABEL,
                 user=user,
-                host_config=self._client.api.create_host_config(network_mode="none", binds=_binds(volumes)),
+                host_config=self._client.api.create_host_config(network_mode="none", mounts=_mounts(volumes)),
             )
             self._client.api.start(container)
             code = self._client.api.wait(container)["StatusCode"]
@@ -448,7 +450,7 @@ class DockerEngine:
                     network_mode=network,
                     port_bindings={PORT: ("127.0.0.1", None)} if publish else None,
                     device_requests=all_gpus if gpus else None,
-                    binds=_binds(volumes),
+                    mounts=_mounts(volumes),
                 ),
             )
             api.start(container)
@@ -460,10 +462,13 @@ class DockerEngine:
         return Container(self._client, container, created_at)
 
 
-def _binds(volumes: Mapping[str, str] | None) -> list[str]:
-    # nocopy: what the image has at that place must not fill the volume
+def _mounts(volumes: Mapping[str, str] | None) -> list[docker.types.Mount]:
+    """A folder that is not there is the engine's error; as a bind it would be made, and be empty."""
     return [
-        f"{name}:{folder}:{'ro' if name.startswith('/') else 'rw,nocopy'}"
+        docker.types.Mount(folder, name, type="bind", read_only=True)
+        if name.startswith("/")
+        # no_copy: what the image has at that place must not fill the volume
+        else docker.types.Mount(folder, name, type="volume", no_copy=True)
         for name, folder in (volumes or {}).items()
     ]
 

@@ -15,6 +15,7 @@ from builder.docker_engine import Container, DockerEngine, ImageInfo
 from builder.errors import BuildError, HostError, InputError
 from builder.files import exclusive, finished_folder
 from builder.report import Reporter
+from builder.verify import read_manifest
 
 LABEL = "dev.coldstart.prewarmed"
 _MODE_LABEL = "dev.coldstart.mode"
@@ -42,12 +43,13 @@ def prewarm(
     cache: Path,
     reporter: Reporter,
     mode: str | None = None,
+    mount: Path | None = None,
 ) -> Prewarmed:
     """Add the state to the image `tag`, which then names the result.
 
     label: "name=value" of the build, as for DockerEngine.build. mode: the one to record, in place of the one
-    that the image's `--optimize` would choose. Raises HostError where this host cannot run the image,
-    BuildError when it runs and does not become ready.
+    that the image's `--optimize` would choose. mount: the model's folder, where the image has none. Raises
+    HostError where this host cannot run the image, BuildError when it runs and does not become ready.
     """
     image = engine.require_image(tag)
     name = image.id.removeprefix("sha256:") + (f"-{quote(mode, safe='')}" if mode else "")
@@ -56,7 +58,7 @@ def prewarm(
         if not folder.is_dir():
             reporter.step(f"Starting {tag}, to record what a start needs")
             with finished_folder(folder) as partial:
-                for name, data in _record(engine, tag, image, mode, reporter).items():
+                for name, data in _record(engine, tag, image, mode, mount, reporter).items():
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(data)
     return add_state(engine, tag, folder, label=label, reporter=reporter)
@@ -76,13 +78,25 @@ def add_state(engine: DockerEngine, tag: str, folder: Path, *, label: str, repor
     return Prewarmed(engine.build(rendered, tag, label=label, platform=None, reporter=reporter), report)
 
 
-def obstacle(engine: DockerEngine, manifest: Mapping[str, object]) -> str:
-    """Why an image with this manifest cannot be started here by itself; empty when it can."""
-    if manifest.get("weights", "bake") != "bake":
+def obstacle(engine: DockerEngine, manifest: Mapping[str, object], mount: Path | None = None) -> str:
+    """Why an image with this manifest cannot be started here; empty when it can.
+
+    mount: the model's folder, which only an engine on this machine can mount.
+    """
+    weights = manifest.get("weights", "bake")
+    if weights == "mount" and mount:
+        if not engine.is_local:
+            return "its weights are on this machine, and the engine is on another"
+    elif weights != "bake":
         return "its weights are not in it"
     if manifest["device"] != "cpu" and not engine.has_gpus:
         return "it needs a GPU, and the engine here has none"
     return ""
+
+
+def volumes(engine: DockerEngine, tag: str, mount: Path | None) -> dict[str, str]:
+    """What to mount into a container of the image, as DockerEngine.start has it."""
+    return {str(mount.absolute()): read_manifest(engine, tag)["model"]["path"]} if mount else {}
 
 
 def _report(folder: Path) -> dict[str, Any]:
@@ -96,13 +110,19 @@ def _report(folder: Path) -> dict[str, Any]:
 
 
 def _record(
-    engine: DockerEngine, tag: str, image: ImageInfo, mode: str | None, reporter: Reporter
+    engine: DockerEngine,
+    tag: str,
+    image: ImageInfo,
+    mode: str | None,
+    mount: Path | None,
+    reporter: Reporter,
 ) -> dict[str, bytes]:
     container = engine.start(
         tag,
         arguments=["warm", "--output", _OUTPUT, *(("--mode", mode) if mode else ())],
         network="none",
         publish=False,
+        volumes=volumes(engine, tag, mount),
         gpus=image.labels.get("dev.coldstart.device") == "cuda",
     )
     try:

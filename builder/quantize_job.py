@@ -13,11 +13,14 @@ Exit code 0 means that `output` and `measurements` are complete.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
 import math
 import os
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 Report = Callable[[float, str], None]
+PR_SET_PDEATHSIG = 1
 
 # Questions of many kinds, because the scales are calibrated on the answers: prose, code, numbers, lists,
 # tables, other languages.
@@ -374,7 +378,14 @@ def _keep_patterns(config: Path, ignore: Sequence[str]) -> None:
     config.write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
+def _end_with_parent() -> None:
+    """A build that is killed cannot end this process; the kernel can (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main(job_file: str) -> None:
+    _end_with_parent()
     started = time.monotonic()
     report = _claim_stdout()
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from builder import prewarm
@@ -15,9 +16,14 @@ _READY_SECONDS = 1800
 _LOADED = "Directly load AOT compilation from path"
 
 
-def verify_start(engine: DockerEngine, reference: str, reporter: Reporter) -> list[Check]:
-    """The image is started with no network. No check where this host cannot start it, and a note says so."""
-    if why_not := prewarm.obstacle(engine, read_manifest(engine, reference)):
+def verify_start(
+    engine: DockerEngine, reference: str, reporter: Reporter, mount: Path | None = None
+) -> list[Check]:
+    """The image is started with no network. No check where this host cannot start it, and a note says so.
+
+    mount: the model's folder, where the image has none.
+    """
+    if why_not := prewarm.obstacle(engine, read_manifest(engine, reference), mount):
         reporter.note(f"Not started here: {why_not}.")
         return []
     reporter.step(f"Starting {reference}")
@@ -26,6 +32,7 @@ def verify_start(engine: DockerEngine, reference: str, reporter: Reporter) -> li
         reference,
         network="none",
         publish=False,
+        volumes=prewarm.volumes(engine, reference, mount),
         gpus=info.labels.get("dev.coldstart.device") == "cuda",
     )
     try:

@@ -41,10 +41,16 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         "register_checkpoint_conversion_mapping",
     ),
     "transformers.generation.utils": ("GenerationMixin",),
-    "transformers.modeling_utils": ("PreTrainedAudioTokenizerBase", "PreTrainedModel"),
+    "transformers.masking_utils": ("ALL_MASK_ATTENTION_FUNCTIONS",),
+    "transformers.modeling_utils": (
+        "ALL_ATTENTION_FUNCTIONS",
+        "PreTrainedAudioTokenizerBase",
+        "PreTrainedModel",
+    ),
     "transformers.models.auto.image_processing_auto": ("get_image_processor_config",),
     "opentelemetry.exporter.otlp.proto.grpc.trace_exporter": ("OTLPSpanExporter",),
     "opentelemetry.exporter.otlp.proto.http.trace_exporter": ("OTLPSpanExporter",),
+    "compressed_tensors.offload.load": ("load_offloaded_model",),
     "cv2": (),
     "vllm.transformers_utils.processor": (
         "cached_get_processor",

@@ -18,7 +18,7 @@ import math
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,17 +88,21 @@ class Comparison:
     """Log-probabilities are natural logarithms.
 
     same: answers equal to the last token; begun_differently: prompts whose answers differ in the first token;
-    worst_tie: the largest difference between the two tokens where answers part (infinite where one side did
-    not have the other's token among its likeliest), and at which prompt; mean: of |difference| over tokens
-    that are the same.
+    ties: by prompt, the difference between the two tokens where its answers part (infinite where one side did
+    not have the other's token among its likeliest); tokens: how many were the same before that; mean: of
+    |difference| over those.
     """
 
     prompts: int
     same: int
     begun_differently: tuple[int, ...]
-    worst_tie: float
-    worst_prompt: int
+    ties: Mapping[int, float]
+    tokens: int
     mean: float
+
+    @property
+    def worst_tie(self) -> float:
+        return max(self.ties.values(), default=0.0)
 
     @property
     def ok(self) -> bool:
@@ -107,7 +111,8 @@ class Comparison:
     def describe(self) -> str:
         """One sentence: what is wrong, or how near the answers are."""
         if self.worst_tie > MAX_TIE:
-            what = f"takes a token that the reference finds far less likely, at {_prompt(self.worst_prompt)}"
+            worst = max(self.ties, key=lambda prompt: self.ties[prompt])
+            what = f"takes a token that the reference finds far less likely, at {_prompt(worst)}"
         elif self.begun_differently:
             what = (
                 f"{len(self.begun_differently)} of {self.prompts} answers begin with another token than the "
@@ -146,8 +151,9 @@ def ask(url: str, model: str, *, chat: bool) -> list[Answer]:
 
 def compare(reference: Sequence[Answer], candidate: Sequence[Answer]) -> Comparison:
     """Raises ValueError where there are not as many answers."""
-    worst, worst_prompt, same = 0.0, 0, 0
+    same = 0
     begun: list[int] = []
+    ties: dict[int, float] = {}
     differences: list[float] = []
     for index, (left, right) in enumerate(zip(reference, candidate, strict=True)):
         steps = zip(left.tokens, right.tokens, left.top, right.top, strict=False)
@@ -155,16 +161,14 @@ def compare(reference: Sequence[Answer], candidate: Sequence[Answer]) -> Compari
             if a != b:
                 if position == 0:
                     begun.append(index)
-                tie = max(_gap(likely, a, b), _gap(likely_there, b, a))
-                if tie > worst:
-                    worst, worst_prompt = tie, index
+                ties[index] = max(_gap(likely, a, b), _gap(likely_there, b, a))
                 break
             if a in likely and a in likely_there:
                 differences.append(abs(likely[a] - likely_there[a]))
         else:
             same += len(left.tokens) == len(right.tokens)
     mean = sum(differences) / len(differences) if differences else math.inf
-    return Comparison(len(reference), same, tuple(begun), worst, worst_prompt, mean)
+    return Comparison(len(reference), same, tuple(begun), ties, len(differences), mean)
 
 
 def write(path: Path, answers: Sequence[Answer]) -> None:

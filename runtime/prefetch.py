@@ -17,7 +17,6 @@ from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
-STATE = Path("/opt/coldstart/state")
 FILE_LIST = "files.txt"
 
 _SMALL_BYTES = 128 << 10
@@ -27,8 +26,8 @@ _SHARE_OF_LIMIT = 0.5
 _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
-def start(model: Path, files: Sequence[str], state: Path = STATE) -> threading.Thread:
-    """Begin in the background. files: of the model, relative to it; they come after the recorded list."""
+def start(model: Path, files: Sequence[str], state: Path) -> threading.Thread:
+    """Begin in the background. files: of the model, relative to it; they come after the list in `state`."""
     paths = [*_recorded(state), *(str(model / file) for file in files)]
     thread = threading.Thread(target=read_ahead, args=(paths, _budget()), name="prefetch", daemon=True)
     thread.start()

@@ -129,7 +129,7 @@ class Supervisor:
         # What is downloaded, and verified, is read by that.
         shards = manifest.shards if manifest.weights != "download" else ()
         if Switch.READ_AHEAD.on:
-            prefetch.start(Path(manifest.model_path), shards)
+            prefetch.start(Path(manifest.model_path), shards, state.folder())
         _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
         with _event_socket(folder) as self._events:
             events = self._events

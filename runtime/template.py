@@ -18,7 +18,7 @@ import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from runtime import deferred, logs, prefetch, processes, record, shortcuts, state, switches, trace
+from runtime import deferred, logs, processes, record, shortcuts, state, switches, trace
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
@@ -73,13 +73,17 @@ def _write_variables() -> None:
 
 
 def _import_model(folder: Path) -> None:
-    """The module of the model's class: the API process looks at it, and the engine core makes one."""
+    """The model's class, and what loads quantized weights: the API process and the engine core need both."""
+    import vllm.model_executor.layers.quantization as quantization
     import vllm.model_executor.models.registry as registry
 
     # What cannot be imported now, or is downloaded later, is imported where an error of it is reported.
     with contextlib.suppress(Exception):
-        for name in json.loads((folder / "config.json").read_text())["architectures"]:
+        config = json.loads((folder / "config.json").read_text())
+        for name in config["architectures"]:
             importlib.import_module(registry.ModelRegistry.models[name].module_name)
+        if method := config.get("quantization_config", {}).get("quant_method"):
+            quantization.get_quantization_config(method)
 
 
 def _defer(recording: Path | None) -> None:
@@ -89,7 +93,7 @@ def _defer(recording: Path | None) -> None:
     if recording:
         told = deferred.recorder(recording / deferred.TOUCHED)
         finder = deferred.Deferred(deferred.CANDIDATES, told, check=True)
-    elif names := deferred.unused(prefetch.STATE / deferred.TOUCHED):
+    elif names := deferred.unused(state.folder() / deferred.TOUCHED):
         finder = deferred.Deferred(names)
     else:
         return
@@ -115,7 +119,7 @@ def _load() -> None:
         record.start(Path(recording))
     structures = shortcuts.ImportStructures({})
     if Switch.IMPORT_STRUCTURES.on:
-        structures.known = shortcuts.read_structures(prefetch.STATE / shortcuts.STRUCTURES)
+        structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
         sys.meta_path.insert(0, structures)
     global imports_remembered
     imports_remembered = bool(structures.known)

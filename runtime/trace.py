@@ -205,7 +205,10 @@ def install(device: str) -> list[str]:
             for point in _TRACED
             if point.module == _WORKER
         ]
-    missing = _wrap_loader() + _wrap_compile()
+    missing = [
+        *_replace("vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator", _shards),
+        *_replace("vllm.compilation.decorators", "monitor_torch_compile", _compile),
+    ]
     for point in points:
         try:
             owner: Any = importlib.import_module(point.module)
@@ -219,21 +222,11 @@ def install(device: str) -> list[str]:
     return missing
 
 
-def _wrap_loader() -> list[str]:
-    module, name = "vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator"
+def _replace(module: str, name: str, wrap: Callable[[Any], Any]) -> list[str]:
+    """A module's function by what `wrap` makes of it; its name where there is none."""
     try:
-        loader = importlib.import_module(module)
-        setattr(loader, name, _shards(getattr(loader, name)))
-    except (ImportError, AttributeError):
-        return [f"{module}.{name}"]
-    return []
-
-
-def _wrap_compile() -> list[str]:
-    module, name = "vllm.compilation.decorators", "monitor_torch_compile"
-    try:
-        decorators = importlib.import_module(module)
-        setattr(decorators, name, _compile(getattr(decorators, name)))
+        owner = importlib.import_module(module)
+        setattr(owner, name, wrap(getattr(owner, name)))
     except (ImportError, AttributeError):
         return [f"{module}.{name}"]
     return []

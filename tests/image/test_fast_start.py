@@ -18,7 +18,7 @@ from tests.image.conftest import PREFIX, ask, coldstart, get, wait_ready
 _LOOK = """
 import json, os
 from pathlib import Path
-from runtime import prefetch, shortcuts
+from runtime import prefetch, shortcuts, state
 
 def command(pid):
     return Path(f"/proc/{pid}/cmdline").read_bytes().decode().replace(chr(0), " ")
@@ -27,10 +27,10 @@ pids = [int(p.name) for p in Path("/proc").glob("[0-9]*") if int(p.name) not in 
 lines = {pid: Path(f"/proc/{pid}/status").read_text().splitlines() for pid in pids}
 status = {pid: dict(line.split(":", 1) for line in lines[pid]) for pid in pids}
 templates = [pid for pid in pids if "forkserver" in command(pid) and int(status[pid]["PPid"]) == 1]
-state = prefetch.STATE
+folder = state.folder()
 print(json.dumps({
-    "listed": (state / prefetch.FILE_LIST).read_text().splitlines(),
-    "structures": len(shortcuts.read_structures(state / shortcuts.STRUCTURES)),
+    "listed": (folder / prefetch.FILE_LIST).read_text().splitlines(),
+    "structures": len(shortcuts.read_structures(folder / shortcuts.STRUCTURES)),
     "template_threads": [int(status[pid]["Threads"]) for pid in templates],
     "resident": sum(int(s.get("RssAnon", "0 kB").split()[0]) * 1024 for s in status.values()),
 }))
@@ -105,12 +105,13 @@ def test_a_start_without_an_optimisation_answers_the_same(
 _READ_AHEAD = """
 import json
 from pathlib import Path
-from runtime import prefetch
+from runtime import prefetch, state
 from runtime.settings import read_manifest
 
 manifest = read_manifest()
 budget = prefetch._budget()
-paths = [*prefetch._recorded(prefetch.STATE), *(f"{manifest.model_path}/{name}" for name in manifest.shards)]
+shards = [f"{manifest.model_path}/{name}" for name in manifest.shards]
+paths = [*prefetch._recorded(state.folder()), *shards]
 print(json.dumps({"budget": budget, "read": prefetch.read_ahead(paths, budget),
                   "wanted": sum(Path(path).stat().st_size for path in paths)}))
 """

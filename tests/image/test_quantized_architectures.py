@@ -5,15 +5,19 @@ Random weights answer anything, so that an answer alone would show nothing: log-
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import docker
+import numpy as np
 import pytest
 from safetensors import deserialize, safe_open
 
@@ -100,6 +104,83 @@ def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: s
         same = sum(a == b for a, b in zip(in_vllm[name]["top"], reference["top"], strict=True))
         assert same >= 0.9 * (len(TEXT) - 1), name
         assert done[name].measurements.quality.mean_kl < 0.5, name
+
+
+def _float8(data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The values of F8_E4M3: sign, four bits of exponent with a bias of 7, three of mantissa."""
+    bits = np.frombuffer(data, np.uint8).astype(int)
+    exponent, mantissa = bits >> 3 & 15, bits & 7
+    size = np.where(exponent, np.ldexp(1 + mantissa / 8, exponent - 7), np.ldexp(mantissa / 8, -6))
+    return np.where(bits & 128, -size, size)
+
+
+def _bfloat16(data: bytes) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def test_fp8_weights_are_the_models_rounded(models: Path, tmp_path: Path) -> None:
+    """To half a step of what eight bits hold, per row; the quotient is first rounded to bf16."""
+    done = _quantized(models / "llama", tmp_path / "cache", "fp8", "cuda")
+    before, after = _tensors(models / "llama"), _tensors(done.folder)
+    quantized = [name for name, (dtype, _) in after.items() if dtype == "F8_E4M3"]
+    assert len(quantized) == 2 * 7
+    for name in quantized:
+        dtype, scales = after[f"{name}_scale"]
+        assert dtype == "BF16"
+        scale = _bfloat16(scales)[:, None]
+        wanted = _bfloat16(before[name][1]).reshape(len(scale), -1) / scale
+        given = _float8(after[name][1]).reshape(wanted.shape)
+        half_step = np.maximum(np.abs(wanted) / 16, 2.0**-10)
+        assert np.all(np.abs(given - wanted) <= half_step + np.abs(wanted) * 2.0**-8), name
+        assert np.all(np.abs(given).max(axis=1) >= 448 * 15 / 16), name
+
+
+def test_a_killed_build_takes_its_quantizer_along_and_the_next_one_starts_afresh(
+    models: Path, base: str, tmp_path: Path
+) -> None:
+    cache = share_quantizer(tmp_path / "cache")
+    program = str(Path(sys.executable).parent / "coldstart")
+    command = [program, "render", str(models / "llama"), "--base", base]
+    flags = ["--quantize", "awq", "--calibration-samples", "8", "--calibration-tokens", "64"]
+    environ = {**os.environ, "COLDSTART_CACHE": str(cache)}
+    build = subprocess.Popen(
+        [*command, *flags, "-o", str(tmp_path / "one")],
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    job = _job_at_work(cache)
+    build.kill()
+    build.communicate()
+    deadline = time.monotonic() + 30
+    while job.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not job.exists()
+    assert not list((cache / "quantized").glob("[!.]*/"))  # nothing that passes for a result
+    again = subprocess.run(
+        [*command, *flags, "-o", str(tmp_path / "two")],
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert "Quantizing to AWQ" in again.stderr
+    assert not list((cache / "quantized").glob("*.partial"))
+
+
+def _job_at_work(cache: Path) -> Path:
+    """The folder in /proc of the quantizer's process, once torch has started its threads."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                program = (folder / "cmdline").read_bytes().decode(errors="replace")
+                threads = len(list((folder / "task").iterdir()))
+                if "quantize_job.py" in program and str(cache) in program and threads > 1:
+                    return folder
+        time.sleep(0.05)
+    raise AssertionError("the quantizer did not start")
 
 
 @pytest.fixture(scope="module")

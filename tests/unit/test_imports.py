@@ -15,7 +15,7 @@ _SHARED = ("runtime.phases", "runtime.defaults")
 _MAY_IMPORT = {
     "runtime": {"runtime"},
     "builder": {"builder", *_SHARED, "runtime"},
-    "benchmarks": {"benchmarks", "builder", "runtime.phases"},
+    "benchmarks": {"benchmarks", "builder", "runtime.phases", "runtime.golden"},
 }
 _ONLY_IN = {
     "docker": {"builder/docker_engine.py"},
