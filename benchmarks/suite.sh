@@ -43,4 +43,5 @@ for cache in warm cold; do
 done
 name=$results/ablation-$today
 coldstart bench ablate "$COMPILED" --runs "$RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
+python -m benchmarks.floor "$EAGER" "$results/smollm2-$today-warm.json" "$results/floor-$today.json"
 python -m benchmarks.golden_tolerance "$EAGER" "$results/golden-tolerance-$today.json"
