@@ -287,6 +287,15 @@ def _is_running(pid: int) -> bool:
     return state != "Z"
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as in a terminal; a shell has what it starts in the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_job_and_its_children(snapshot: ModelSnapshot, cache: Path, tmp_path: Path) -> None:
     _prepared_environment(
         cache,
