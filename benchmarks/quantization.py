@@ -25,7 +25,6 @@ from builder.build import cache_folder
 from builder.calibration import Calibration
 from builder.methods import METHODS
 from builder.methods.awq import AWQ
-from builder.methods.gptq import GPTQ
 from builder.methods.method import Modifier
 from builder.models import ModelSnapshot, parse_ref, resolve
 from builder.quantization_cost import GIB, predict
@@ -41,8 +40,6 @@ VARIANTS = {
     f"awq-duo-{value}": replace(AWQ, transforms=(Modifier(AWQ.transforms[0].name, {"duo_scaling": value}),))
     for value in (True, False)
 }
-# Channels scaled as AWQ does, then rounded as GPTQ does.
-VARIANTS["awq-gptq"] = replace(AWQ, quantizer=GPTQ.quantizer)
 # What differs from the recipe that `coldstart build` would choose: method, symmetry and group size in all
 # combinations, each beside round-to-nearest, then what else decides.
 GRID: tuple[Mapping[str, Any], ...] = tuple(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from builder.methods.awq import AWQ
+from builder.methods.awq_gptq import AWQ_GPTQ
 from builder.methods.fp8 import FP8
 from builder.methods.gptq import GPTQ
 from builder.methods.method import Method
@@ -12,6 +13,7 @@ from builder.methods.rtn import RTN
 
 METHODS: Mapping[str, Method] = {
     "awq": AWQ,
+    "awq-gptq": AWQ_GPTQ,
     "gptq": GPTQ,
     "rtn": RTN,
     "fp8": FP8,

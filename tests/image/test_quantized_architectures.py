@@ -83,7 +83,8 @@ def _distance(one: list[float], other: list[float]) -> float:
 def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     done = {name: _quantized(models / name, tmp_path / "cache") for name in SERVED}
-    done["gptq"] = _quantized(models / "llama", tmp_path / "cache", "gptq")
+    for method in ("gptq", "awq-gptq"):
+        done[method] = _quantized(models / "llama", tmp_path / "cache", method)
     # No build would put FP8 on a CPU, but vLLM's fallback there shows that its output is read right.
     done["fp8"] = _quantized(models / "llama", tmp_path / "cache", "fp8", "cuda")
     folders = {name: quantized.folder for name, quantized in done.items()}
