@@ -414,10 +414,11 @@ def test_bench_times_both_images_and_keeps_raw_samples(plain: Any, awq: Any, tmp
         "engine_import",
         "unattributed",
         "first token",
-        "imports are",
         "not decided",
     ):
         assert words in done.out
+    # Whatever takes longest on this machine, and how much of the whole.
+    assert re.search(r"(are|is)\s+[0-9.]+\s+of\s+[0-9.]+\s+s\b", done.out)
     result = json.loads(path.read_text())
     assert [image["reference"] for image in result["images"]] == [plain["tag"], awq["tag"]]
     assert all(image["reference"] in page.read_text() for image in result["images"])
