@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Every figure of the README, on this machine, in one run: raw samples into benchmarks/results/.
-# Run it on a quiet machine, by `make bench`; 50 minutes on 2 cores.
+# Run it on a quiet machine, by `make bench`; 55 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
 RUNS=${RUNS:-6}           # fewer give no 95 % interval
-SLOW_RUNS=${SLOW_RUNS:-3} # of stock vLLM that compiles: two minutes each
+SLOW_RUNS=${SLOW_RUNS:-3} # of stock vLLM that compiles: a minute and a half each
+ABLATION_RUNS=${ABLATION_RUNS:-4}
 EAGER=coldstart-bench/smollm2:eager
 COMPILED=coldstart-bench/smollm2:compiled
 AWQ=coldstart-bench/smollm2:awq
@@ -42,6 +43,6 @@ for cache in warm cold; do
   measure default "$SLOW_RUNS" "$cache" "$DEFAULT" "$FLOAT32" "$EAGER" "$COMPILED"
 done
 name=$results/ablation-$today
-coldstart bench ablate "$COMPILED" --runs "$RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
+coldstart bench ablate "$COMPILED" --runs "$ABLATION_RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
 python -m benchmarks.floor "$EAGER" "$results/smollm2-$today-warm.json" "$results/floor-$today.json"
 python -m benchmarks.golden_tolerance "$EAGER" "$results/golden-tolerance-$today.json"
