@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Every figure of the README, on this machine, in one run: raw samples into benchmarks/results/.
-# Run it on a quiet machine, by `make bench`; 55 minutes on 2 cores.
+# Run it on a quiet machine, by `make bench`; 65 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -44,5 +44,7 @@ for cache in warm cold; do
 done
 name=$results/ablation-$today
 coldstart bench ablate "$COMPILED" --runs "$ABLATION_RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
+name=$results/ablation-eager-$today-cold
+coldstart bench ablate "$EAGER" --only deferred-imports --only read-ahead --runs "$ABLATION_RUNS" --page-cache cold --json "$name.json"
 python -m benchmarks.floor "$EAGER" "$results/smollm2-$today-warm.json" "$results/floor-$today.json"
 python -m benchmarks.golden_tolerance "$EAGER" "$results/golden-tolerance-$today.json"
