@@ -280,7 +280,9 @@ def test_quantized_text_part_is_recognised() -> None:
 
 
 def test_fp8_is_for_gpus_and_needs_no_group_and_no_calibration() -> None:
-    with pytest.raises(ModelError, match="--quantize fp8 does not run on CPUs .*Use awq or awq-gptq or gptq or rtn"):
+    with pytest.raises(
+        ModelError, match="--quantize fp8 does not run on CPUs .*Use awq or awq-gptq or gptq or rtn"
+    ):
         require_device("fp8", "cpu")
     recipe = choose_recipe(LLAMA, method="fp8", device="cuda")
     assert (recipe.group_size, recipe.symmetric, recipe.calibration_samples) == (None, True, 0)
