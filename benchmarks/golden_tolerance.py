@@ -32,6 +32,7 @@ _STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
 _ASK = """
 import json, sys
 from dataclasses import asdict
+from runtime import golden
 golden._AT_ONCE = int(sys.argv[1])
 url = "http://127.0.0.1:8000"
 model = golden.get(f"{url}/v1/models")["data"][0]["id"]

@@ -1,4 +1,4 @@
-"""AWQ's scales, then GPTQ's rounding: the least KL divergence of the int4 methods, in twice AWQ's time."""
+"""AWQ's scales, then GPTQ's rounding: least KL divergence of the int4 methods tried (docs/models.md)."""
 
 from __future__ import annotations
 
