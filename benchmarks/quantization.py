@@ -48,6 +48,8 @@ GRID: tuple[Mapping[str, Any], ...] = tuple(
     for symmetric in (False, True)
     for method in ("rtn", "gptq", "awq-gptq", "awq")
 )
+# What 4-bit methods take; FP8 takes what rounding to nearest does.
+_COST_METHODS = tuple(name for name, method in METHODS.items() if method.format == "int4")
 CALIBRATION: tuple[Mapping[str, Any], ...] = (
     {"method": "awq", "calibration_samples": 64},
     {"method": "gptq", "calibration_samples": 64},
@@ -87,7 +89,7 @@ def _settings(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[s
 
 
 def _costs(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
-    for method in ("awq", "rtn"):
+    for method in _COST_METHODS:
         yield from ((name, folder, {"method": method}) for name, folder in models.items())
 
 
@@ -136,7 +138,7 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
 
 def _print_cost(runs: list[dict[str, Any]]) -> None:
     """The line through the two random models, for each kind of method, and what was predicted of each run."""
-    for method in ("awq", "rtn"):
+    for method in _COST_METHODS:
         points = sorted(
             (run["parameters"], run["peak_memory_bytes"], run["seconds"], run["calibration_samples"])
             for run in runs
@@ -148,8 +150,8 @@ def _print_cost(runs: list[dict[str, Any]]) -> None:
         tokens = (samples + HELD_OUT_BLOCKS) * 256
         memory, time = (much - few) / (large - small), (slow - quick) / (large - small)
         print(
-            f"{method}: {few - memory * small:.3g} bytes + {memory:.3g} a parameter; "
-            f"{quick - time * small:.3g} s + {time / tokens:.3g} a parameter and token"
+            f'"{method}": Cost({few - memory * small:.3g}, {memory:.3g}, '
+            f"{max(0.0, quick - time * small):.3g}, {time / tokens:.3g}),"
         )
     for run in runs:
         recipe = Recipe(**{field.name: run[field.name] for field in fields(Recipe)})

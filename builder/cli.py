@@ -364,12 +364,14 @@ def _share(text: str) -> float:
     return share
 
 
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")]
 HtmlFile = Annotated[Path | None, typer.Option("--html", help="Write an interactive page to this file.")]
 SvgFile = Annotated[Path | None, typer.Option("--svg", help="Write the drawing to this file.")]
 PngFile = Annotated[
     Path | None, typer.Option("--png", help="Write the drawing to this file; needs coldstart[png].")
 ]
 MarkdownFile = Annotated[Path | None, typer.Option("--markdown", help="Write tables for a README.")]
+Timeout = Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")]
 Env = Annotated[list[str] | None, typer.Option(help="NAME=VALUE for the containers; may be repeated.")]
 Baseline = Annotated[
     str | None, typer.Option(help="Compare with this image, or with a file that --json wrote.")
@@ -399,7 +401,7 @@ def bench(
     ] = None,
     baseline: Baseline = None,
     max_regression: MaxRegression = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+    json_file: JsonFile = None,
     html: HtmlFile = None,
     svg: SvgFile = None,
     png: PngFile = None,
@@ -409,7 +411,7 @@ def bench(
     pull: Annotated[
         bool, typer.Option("--pull", help="Remove and pull each image, if its registry confirms to have it.")
     ] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
+    timeout: Timeout = 600,
     no_sampler: Annotated[bool, typer.Option("--no-sampler", help="Do not sample resources.")] = False,
     mount: Mount = None,
     env: Env = None,
@@ -458,10 +460,7 @@ def bench(
         timeout=timeout,
         conditions=conditions,
     )
-    _show_result(result, earlier, max_regression, outputs)
-    if json_file:
-        typer.echo(f"raw samples: {json_file}")
-    _fail_if_worse(result, earlier, max_regression)
+    _conclude(result, earlier, max_regression, outputs, json_file)
 
 
 @bench_app.command("ablate")
@@ -473,13 +472,13 @@ def bench_ablate(
         list[str] | None, typer.Option(help="Leave out this optimisation; may be repeated [each].")
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Starts in each way.")] = 6,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write raw samples to this file.")] = None,
+    json_file: JsonFile = None,
     html: HtmlFile = None,
     svg: SvgFile = None,
     png: PngFile = None,
     markdown: MarkdownFile = None,
     page_cache: CacheState = "as_is",
-    timeout: Annotated[float, typer.Option(help="Seconds that a run may take to its whole answer.")] = 600,
+    timeout: Timeout = 600,
     mount: Mount = None,
     env: Env = None,
 ) -> None:
@@ -515,10 +514,7 @@ def bench_ablate(
         conditions=conditions,
         ablate=list(dict.fromkeys(only or switches)),
     )
-    _show_result(result, None, None, outputs)
-    if json_file:
-        typer.echo(f"raw samples: {json_file}")
-    _fail_if_worse(result, None, None)
+    _conclude(result, None, None, outputs, json_file)
 
 
 def _measure(
@@ -575,8 +571,7 @@ def bench_report(
     references = [image.reference for image in result.images]
     earlier = file_baseline(Path(baseline), references) if baseline else None
     _check_regression(max_regression, baseline, len(references) + bool(earlier))
-    _show_result(result, earlier, max_regression, outputs)
-    _fail_if_worse(result, earlier, max_regression)
+    _conclude(result, earlier, max_regression, outputs)
 
 
 @bench_app.command("bake")
@@ -696,33 +691,32 @@ def _check_regression(allowed: float | None, baseline: str | None, images: int) 
         )
 
 
-def _show_result(
-    result: BenchResult, earlier: FileBaseline | None, allowed: float | None, outputs: Outputs
+def _conclude(
+    result: BenchResult,
+    earlier: FileBaseline | None,
+    allowed: float | None,
+    outputs: Outputs,
+    json_file: Path | None = None,
 ) -> None:
+    """Show and write a result. Raises where a start failed, or got slower than `allowed`."""
     from rich.console import Console
 
     from benchmarks.report import comparison
+    from benchmarks.stats import Verdict
     from benchmarks.summary import decide
 
     shown = earlier.put_first(result) if earlier else result
     notes = earlier.lines(result) if earlier else []
-    if allowed is not None:
-        notes += [decision.sentence for decision in decide(shown, allowed)]
+    decisions = decide(shown, allowed) if allowed is not None else []
+    notes += [decision.sentence for decision in decisions]
     Console().print(comparison(shown, notes))
     for path in outputs.write(shown, notes):
         typer.echo(f"written: {path}")
-
-
-def _fail_if_worse(result: BenchResult, earlier: FileBaseline | None, allowed: float | None) -> None:
-    from benchmarks.stats import Verdict
-    from benchmarks.summary import decide
-
+    if json_file:
+        typer.echo(f"raw samples: {json_file}")
     if any(not run.ok for run in result.runs):
         raise VerifyError("some starts failed", fix="Their reasons stand above and in the raw samples.")
-    if allowed is None:
-        return
-    shown = earlier.put_first(result) if earlier else result
-    worse = [d.sentence for d in decide(shown, allowed) if d.verdict is Verdict.REGRESSED]
+    worse = [d.sentence for d in decisions if d.verdict is Verdict.REGRESSED]
     if worse:
         raise RegressionError(
             "starts got slower", why=" ".join(worse), fix="Compare the phases above with the baseline's."

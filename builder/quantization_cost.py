@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +37,18 @@ class Cost:
     seconds_per_parameter_token: float
 
 
-# Printed by `python -m benchmarks.quantization OUT.json --cost`; benchmarks/results/ holds the runs: AWQ and
-# round-to-nearest of random Llamas of 53M and 172M parameters. The machine was shared, so the seconds are an
-# upper estimate.
-CALIBRATED = Cost(5.98e8, 5.75, 0.0, 2.57e-10)
-UNCALIBRATED = Cost(4.46e8, 4.94, 6.04, 3.22e-11)
+# Printed by `python -m benchmarks.quantization OUT.json --cost`; benchmarks/results/ holds the runs: random
+# Llamas of 53M and 172M parameters. The machine was shared, so the seconds are an upper estimate.
+COSTS: Mapping[str, Cost] = {
+    "awq": Cost(5.98e8, 5.75, 0.0, 2.57e-10),
+    "rtn": Cost(4.46e8, 4.94, 6.04, 3.22e-11),
+}
+
+
+def _cost(method: str) -> Cost:
+    """For a method that was not measured: the dearest of those that look at activations as it does."""
+    alike = [cost for name, cost in COSTS.items() if METHODS[name].calibrated == METHODS[method].calibrated]
+    return COSTS.get(method) or max(alike, key=lambda cost: cost.seconds_per_parameter_token)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Prediction:
 
 
 def predict(parameters: int, recipe: Recipe) -> Prediction:
-    cost = CALIBRATED if METHODS[recipe.method].calibrated else UNCALIBRATED
+    cost = _cost(recipe.method)
     tokens = (recipe.calibration_samples + HELD_OUT_BLOCKS) * recipe.calibration_tokens
     return Prediction(
         memory_bytes=round(cost.bytes + cost.bytes_per_parameter * parameters),

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+CPU_4_BIT_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu"
 STRUCTURES = "transformers-imports.marshal"
 # Smaller tensors come from the allocator's own pages.
 _LAZY_BYTES = 64 << 20
@@ -66,6 +67,57 @@ def _lazy_zeros(zeros: Callable[..., Any]) -> Callable[..., Any]:
         return zeros(size, dtype=dtype, device=device, **kwargs)
 
     return lazy
+
+
+def repack_bytewise() -> bool:
+    """Let a CPU's 4-bit kernel reorder weights by moving bytes: its own way makes an int32 of each first.
+
+    The first layer is done both ways; where the two differ, vLLM's own stays. False where this vLLM lacks the
+    function. To be called once the kernel's module is imported.
+    """
+    module: Any = importlib.import_module(CPU_4_BIT_KERNEL)
+    kernel: Any = getattr(module, "CPUWNA16LinearKernel", None)
+    own = vars(kernel).get("_process_gptq_weights_w4a16") if kernel else None
+    if own is None or not hasattr(module, "_get_isa_hint"):
+        return False
+
+    def quick(self: Any, layer: Any) -> None:
+        packed = getattr(layer, self.w_q_name)
+        layer.isa_hint = module._get_isa_hint(getattr(layer, self.w_s_name).dtype)
+        packed.data = blocks_of_16_outputs(packed.data)
+
+    @functools.wraps(own)
+    def first(self: Any, layer: Any) -> None:
+        import torch
+
+        packed = getattr(layer, self.w_q_name)
+        before = packed.data
+        own(self, layer)
+        same = self.config.weight_type.size_bits == 4 and torch.equal(
+            blocks_of_16_outputs(before), packed.data
+        )
+        kernel._process_gptq_weights_w4a16 = quick if same else own
+
+    kernel._process_gptq_weights_w4a16 = first
+    return True
+
+
+def blocks_of_16_outputs(packed: Any) -> Any:
+    """4-bit weights, from eight inputs in an int32 to eight outputs in one, blocked.
+
+    packed: (inputs / 8, outputs), the first input in the lowest bits, as GPTQ and compressed-tensors have it.
+    Returns (outputs / 16, inputs * 2): for each input in turn, the block's 16 outputs.
+    """
+    import torch
+
+    inputs, outputs = packed.shape[0] * 8, packed.shape[1]
+    # A byte holds inputs 2i, in its low half, and 2i + 1; two rows of them are outputs 2j and 2j + 1.
+    pairs = packed.t().contiguous().view(torch.uint8).view(outputs // 16, 8, 2, inputs // 2)
+    even, odd = pairs[:, :, 0], pairs[:, :, 1]
+    blocks = torch.empty(outputs // 16, inputs // 2, 2, 8, dtype=torch.uint8)
+    blocks[:, :, 0] = ((even & 0x0F) | (odd << 4)).transpose(1, 2)
+    blocks[:, :, 1] = ((even >> 4) | (odd & 0xF0)).transpose(1, 2)
+    return blocks.view(outputs // 16, inputs * 8).view(torch.int32)
 
 
 def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> None:

@@ -150,7 +150,9 @@ class Supervisor:
         return self._exit_code
 
     async def _start_engine(self, listener: socket.socket) -> None:
+        begun = now()
         await asyncio.to_thread(self._use_recording)
+        self._record(Phase.CONFIG_PARSE, begun, now())
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))

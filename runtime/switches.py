@@ -40,6 +40,10 @@ class Switch(enum.Enum):
         "short-warmup",
         "The run that warms up compiled code on CPUs takes a few tokens where nothing is to be compiled.",
     )
+    BYTEWISE_REPACK = (
+        "bytewise-repack",
+        "4-bit weights get the order of the CPU's kernel by moving bytes, not by way of 32-bit integers.",
+    )
     LAZY_KV_CACHE = ("lazy-kv-cache", "The kernel zeroes a CPU's KV cache page by page, as it is used.")
 
     def __init__(self, label: str, help: str) -> None:

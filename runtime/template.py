@@ -124,7 +124,8 @@ def _load() -> None:
     global imports_remembered
     imports_remembered = bool(structures.known)
     _defer(Path(recording) if recording else None)
-    with trace.span(Phase.ENGINE_IMPORT):
+    # Python's own start is part of the import: from a cold page cache it is a tenth of it.
+    with trace.span(Phase.ENGINE_IMPORT, since=trace.process_started()):
         _fork_from_template()
         if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
             _inspect_in_fork()
@@ -141,6 +142,9 @@ def _load() -> None:
     missing = trace.install(device)
     if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
         missing.append("vllm.v1.worker.utils.allocate_kv_cache")
+    # Imported by now where the weights are quantized.
+    if device == "cpu" and shortcuts.CPU_4_BIT_KERNEL in sys.modules and Switch.BYTEWISE_REPACK.on:
+        shortcuts.repack_bytewise()
     if device == "cpu" and os.environ.get("TORCH_COMPILE_DISABLE") == "0":
         shortcuts.load_compiled_on_cpu()
         if os.environ.get(state.USED_VARIABLE) and Switch.SHORT_WARMUP.on:

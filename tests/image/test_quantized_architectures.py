@@ -76,6 +76,22 @@ def _in_vllm(base: str, folders: dict[str, Path], packages: Path | None = None) 
     return {Path(name).name: scored for name, scored in json.loads(line.removeprefix("RESULT ")).items()}
 
 
+def test_weights_are_reordered_as_vllm_does_it(base: str) -> None:
+    volumes = {
+        str(HERE): {"bind": "/scripts", "mode": "ro"},
+        str(HERE.parent.parent / "runtime"): {"bind": "/packages/runtime", "mode": "ro"},
+    }
+    output = docker.from_env(timeout=600).containers.run(
+        base, entrypoint=["python3", "/scripts/repack.py"], volumes=volumes, network_mode="none", remove=True
+    )
+    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
+    result = json.loads(line.removeprefix("RESULT "))
+    assert result["left"] == "quick"
+    assert result["other_stays"]
+    assert len(result["same"]) == 6
+    assert all(result["same"].values()), result
+
+
 def _distance(one: list[float], other: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 

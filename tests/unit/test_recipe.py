@@ -17,7 +17,7 @@ from builder.kernels import KERNELS, rank_layers, tensor_parallel_size
 from builder.methods import METHODS
 from builder.methods.method import Method, Modifier
 from builder.models import ModelLock, describe_quantization, parse_ref, resolve
-from builder.quantization_cost import CALIBRATED, available_memory, predict, require_memory
+from builder.quantization_cost import COSTS, available_memory, predict, require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe, require_device
 from builder.report import SilentReporter
 from builder.spec import CPU_BASE, load_spec
@@ -425,9 +425,22 @@ def _lock(parameters: int | None) -> ModelLock:
 
 def test_cost_grows_with_parameters_and_tokens() -> None:
     small, large = predict(10**9, RECIPE), predict(2 * 10**9, RECIPE)
-    assert large.memory_bytes - small.memory_bytes == pytest.approx(CALIBRATED.bytes_per_parameter * 10**9)
+    assert large.memory_bytes - small.memory_bytes == pytest.approx(COSTS["awq"].bytes_per_parameter * 10**9)
     longer = predict(10**9, dataclasses.replace(RECIPE, calibration_samples=16 + 16 + HELD_OUT_BLOCKS))
-    assert longer.seconds - small.seconds == pytest.approx(small.seconds - CALIBRATED.seconds, abs=2)
+    assert longer.seconds - small.seconds == pytest.approx(small.seconds - COSTS["awq"].seconds, abs=2)
+
+
+def test_a_method_that_was_not_measured_is_taken_for_the_dearest_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fp8 = dataclasses.replace(RECIPE, method="fp8")
+    assert predict(10**9, fp8) == predict(10**9, dataclasses.replace(RECIPE, method="rtn"))
+    monkeypatch.setitem(METHODS, "another", METHODS["gptq"])
+    another = predict(10**9, dataclasses.replace(RECIPE, method="another"))
+    calibrated = [name for name in COSTS if METHODS[name].calibrated]
+    assert another.seconds == max(
+        predict(10**9, dataclasses.replace(RECIPE, method=name)).seconds for name in calibrated
+    )
 
 
 def test_model_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +44,23 @@ def test_a_failing_phase_says_why_once(messages: Any) -> None:
     assert begin["begin"]["phase"] == "weight_load"
     assert error == {"error": "weight_load failed: ValueError: damaged"}
     assert event["event"]["phase"] == "weight_load"
+
+
+def test_a_process_knows_when_it_started() -> None:
+    code = (
+        "import time; time.sleep(0.2); from runtime import trace; print(trace.process_started(), time.time())"
+    )
+    before = time.time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    started, asked = map(float, done.stdout.split())
+    assert before - 0.02 < started < asked - 0.2  # a tick is 10 ms
+
+
+def test_a_phase_may_have_begun_before_its_block(messages: Any) -> None:
+    with trace.span(Phase.ENGINE_IMPORT, since=5.0):
+        pass
+    begin, event = messages()
+    assert begin["begin"]["start"] == event["event"]["start"] == 5.0
 
 
 def test_shards_are_counted_as_the_weights_are_read(
