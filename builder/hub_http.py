@@ -16,7 +16,6 @@ from typing import Any
 
 import httpx2
 
-_RETRIED_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
 # Not ConnectError: a wrong address or no network does not pass, and its message should not wait.
 _RETRIED_ERRORS = (httpx2.ReadError, httpx2.ReadTimeout, httpx2.RemoteProtocolError)
 _OF_A_REPOSITORY = re.compile(r"/api/(?:models|datasets)/|/resolve/")
@@ -50,7 +49,7 @@ class RetryingClient(httpx2.Client):
             except _RETRIED_ERRORS as error:
                 problem = _told(error)
             else:
-                if response.status_code not in _RETRIED_STATUSES:
+                if not _passes(response.status_code):
                     if options.get("stream"):
                         response.stream = _Body(response.stream, self._note)
                     return response
@@ -84,6 +83,10 @@ class _Body(httpx2.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _passes(status: int) -> bool:
+    return status in (408, 429) or (status >= 500 and status != 501)
 
 
 def _told(error: Exception) -> str:

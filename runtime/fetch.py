@@ -12,13 +12,14 @@ import multiprocessing
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
-from runtime import trace
+from runtime import logs, trace
 from runtime.phases import Phase, now
 from runtime.settings import LockedFile, Manifest
 
@@ -31,6 +32,12 @@ _TERMS = f"accept the terms on the model's page, and {_START_WITH_TOKEN}"
 # The client's own notes on what it put into a folder.
 _NOTES = Path(".cache", "huggingface", "download")
 
+# Seconds before each further try of a body, where the hub does not ask for others. The client itself tries
+# metadata several times, and bodies only after 408, 429 and some cuts.
+_WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)
+_LONGEST_WAIT = 300.0  # the hub's rate limits reset within that
+# By name: which library raises them depends on the client's version. A wrong address does not pass.
+_PASSING_ERRORS = frozenset({"ReadError", "ReadTimeout", "RemoteProtocolError", "ChunkedEncodingError"})
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM)
 
 _T = TypeVar("_T")
@@ -98,14 +105,36 @@ def _download(manifest: Manifest, root: Path, path: str, *, force: bool) -> None
         raise FetchError("HF_HUB_OFFLINE is set, and this image downloads its model: start without it")
     disable_progress_bars()
     repo = manifest.source.removeprefix("hf://")
-    try:
-        hf_hub_download(repo, path, revision=manifest.revision, local_dir=root, force_download=force)
-    except Exception as error:
-        # The client wraps what the hub answered as "not in the cache", or as a wrong use of `force_download`.
-        told = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError | ValueError) else error
-        if isinstance(told, OSError) and told.errno in _DISK_ERRORS:
-            raise _disk_error(root, told) from None
-        raise FetchError(_reason(told, f"{path} of {repo}", manifest)) from None
+    for wait in (*_WAITS, None):
+        try:
+            hf_hub_download(repo, path, revision=manifest.revision, local_dir=root, force_download=force)
+            return
+        except Exception as error:
+            # The client wraps what the hub answered as "not in the cache", or as a wrong use of
+            # `force_download`, where it could not get the metadata.
+            wrapped = isinstance(error, errors.LocalEntryNotFoundError | ValueError)
+            told = error.__cause__ if wrapped else error
+            if isinstance(told, OSError) and told.errno in _DISK_ERRORS:
+                raise _disk_error(root, told) from None
+            reason = _reason(told, f"{path} of {repo}", manifest)
+            pause = None if wrapped or wait is None else _pause(told, wait)
+            if pause is None:
+                raise FetchError(reason) from None
+        logs.say(f"{reason.partition(': ')[0]}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+
+
+def _pause(error: BaseException | None, wait: float) -> float | None:
+    """Seconds until another try may succeed, `wait` where the hub does not say; None where none will."""
+    from huggingface_hub import errors
+
+    if not isinstance(error, errors.HfHubHTTPError) or error.response is None:
+        return wait if type(error).__name__ in _PASSING_ERRORS else None
+    status, asked = error.response.status_code, error.response.headers.get("retry-after", "")
+    if status not in (408, 429) and (status < 500 or status == 501):
+        return None
+    pause = float(asked) if asked.isdecimal() else wait
+    return pause if pause <= _LONGEST_WAIT else None
 
 
 def _reason(error: BaseException | None, what: str, manifest: Manifest) -> str:

@@ -34,6 +34,10 @@ _MODULES = (
 )
 _CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
+# vLLM sets these for the engine processes of CPUs, which import torch after that; torch reads them once. One of
+# them is in the name of what is compiled, so a process that is spawned would not find what a forked one made.
+_CPU_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
+
 
 def _fork_from_template() -> None:
     """Make vLLM fork its processes from this one.
@@ -107,6 +111,8 @@ def _load() -> None:
     os.setpgid(0, 0)
     manifest = read_manifest()
     device = manifest.device
+    if device == "cpu":
+        os.environ.update(_CPU_ENVIRONMENT)
     # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
     # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
     if Switch.GC_PAUSE.on:

@@ -26,13 +26,17 @@ _LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".parquet")
 
 @dataclass
 class Refusal:
-    """An answer in place of the right one, to the next `times` requests whose path starts with `prefix`."""
+    """An answer in place of the right one, to the next `times` requests whose path starts with `prefix`.
+
+    command: HEAD or GET, where it is for one of them only.
+    """
 
     prefix: str
     status: int
     code: str = ""
     message: str = ""
     times: float = float("inf")
+    command: str = ""
     # Without it the client's first wait is a second.
     headers: dict[str, str] = field(default_factory=lambda: {"Retry-After": "0"})
 
@@ -120,7 +124,8 @@ class _Handler(BaseHTTPRequestHandler):
             wrong = "Invalid credentials in Authorization header" if self.headers["Authorization"] else ""
             return self._refuse(Refusal("/", 401, message=wrong))
         for refusal in hub.refusals:
-            if path.startswith(refusal.prefix) and refusal.times > 0:
+            meant = refusal.command in ("", self.command) and path.startswith(refusal.prefix)
+            if meant and refusal.times > 0:
                 refusal.times -= 1
                 return self._refuse(refusal)
         repo = re.escape(hub.repo)

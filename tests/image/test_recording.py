@@ -105,6 +105,7 @@ def test_an_unknown_mode_is_refused_with_those_that_there_are(compiled: str) -> 
         ((), ()),
         ((*READ_ONLY, "--tmpfs", "/tmp:exec"), ()),
         ((), ("--log-format", "json", "--uvicorn-log-level", "warning")),
+        ((), ("--off", "template")),  # where forking is not safe
     ],
 )
 def test_what_was_compiled_is_loaded(

@@ -213,6 +213,31 @@ def test_progress_and_the_end_are_reported_as_one_phase(setup: Setup, tmp_path: 
     assert event["detail"].endswith("downloaded")
 
 
+@pytest.mark.parametrize("how", ["cuts", "resets"])
+def test_cut_body_is_gone_on_with(setup: Setup, how: str) -> None:
+    getattr(setup.hub, how)[WEIGHTS] = 2
+    assert setup.run() == (0, FETCHED)
+    assert getattr(setup.hub, how)[WEIGHTS] == -1  # twice, then whole
+    assert setup.files() == {name: (setup.hub.folder / name).read_bytes() for name in LOCKED}
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 504])
+def test_what_passes_is_waited_for(setup: Setup, status: int) -> None:
+    for command in ("HEAD", "GET"):  # metadata, and the body
+        setup.hub.refuse(f"/{REPO}/resolve/{COMMIT}/{WEIGHTS}", status, command=command, times=2)
+    assert setup.run() == (0, FETCHED)
+    assert [refusal.times for refusal in setup.hub.refusals] == [0, 0]
+
+
+def test_what_does_not_pass_is_given_up(setup: Setup) -> None:
+    setup.hub.refuse(f"/{REPO}/resolve/{COMMIT}/{WEIGHTS}", 500, command="GET")
+    code, line = setup.run()
+    assert code == 1
+    assert "the hub answered 500" in line
+    asked = [r for r in setup.hub.requests if r == f"GET /{REPO}/resolve/{COMMIT}/{WEIGHTS}"]
+    assert len(asked) == 6
+
+
 def _refuse(status: int, code: str = "") -> Callable[[Setup], None]:
     return lambda setup: setup.hub.refuse(f"/{REPO}/resolve", status, code)
 
