@@ -34,8 +34,8 @@ _MODULES = (
 )
 _CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
-# vLLM sets these for the engine processes of CPUs, which import torch after that; torch reads them once. One of
-# them is in the name of what is compiled, so a process that is spawned would not find what a forked one made.
+# vLLM sets these for the engine processes of CPUs, which import torch after that; torch reads them once. One
+# is in the name of what is compiled, so a process that is spawned would not find what a forked one made.
 _CPU_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1", "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1"}
 
 
