@@ -150,9 +150,7 @@ def main() -> int:
         "probes": len(taken),
         "milliseconds": {name: taken[int(share * (len(taken) - 1))] for name, share in _PERCENTILES.items()},
         "above_50_ms": sum(milliseconds > _LIMIT_MILLISECONDS for milliseconds in taken),
-        "slowest": sorted((s for start in starts for s in start["slow"]), key=lambda s: -s["milliseconds"])[
-            :10
-        ],
+        "slowest": sorted((s for start in starts for s in start["slow"]), key=lambda s: -s["taken"])[:10],
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"summary": summary, "starts": starts}))

@@ -28,10 +28,12 @@ _PORT = 8000
 _READY_SECONDS = 600.0
 _STOP_SECONDS = 600
 _PROBE_SECONDS = 0.05
+# What a stop in start-up may take.
+_START_UP_STOP_SECONDS = 2.0
 # The moments of a SIGTERM in start-up, one a round.
 _PHASES = (
-    *(Phase.SERVER_BIND, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.TOKENIZER_INIT, Phase.ENGINE_INIT),
-    *(Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.READY),
+    *(Phase.SERVER_BIND, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.CONFIG_PARSE, Phase.TOKENIZER_INIT),
+    *(Phase.ENGINE_INIT, Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.READY),
 )
 
 
@@ -124,7 +126,7 @@ def main() -> int:
             flush=True,
         )
     failed = [r for r in rounds if r["exit_code"] or r["tally"]["lost"] or r["tally"]["errors"]]
-    failed_starts = [s for s in starts if s["exit_code"]]
+    failed_starts = [s for s in starts if s["exit_code"] or s["seconds"] > _START_UP_STOP_SECONDS]
     probes = sorted(seconds for r in rounds for seconds in r["probe_seconds"])
     summary = {
         "image": options.image,

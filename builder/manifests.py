@@ -16,7 +16,12 @@ import yaml
 
 from builder.errors import InputError
 from builder.plan import MODELS_DIR, PORT
-from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS, TEARDOWN_SECONDS
+from runtime.defaults import (
+    DRAIN_DELAY_SECONDS,
+    DRAIN_TIMEOUT_SECONDS,
+    PHASE_TIMEOUT_SECONDS,
+    TEARDOWN_SECONDS,
+)
 
 Document = dict[str, Any]
 
@@ -318,6 +323,10 @@ def _environment(server: Server) -> dict[str, str]:
         "COLDSTART_DRAIN_DELAY": f"{DRAIN_DELAY_SECONDS:g}",
         "COLDSTART_DRAIN_TIMEOUT": f"{DRAIN_TIMEOUT_SECONDS:g}",
     }
+    if (
+        server.startup_seconds > PHASE_TIMEOUT_SECONDS
+    ):  # one phase may be silent, and may take nearly all of it
+        environment["COLDSTART_PHASE_TIMEOUT"] = f"{server.startup_seconds}"
     if server.request.api_key_secret:
         environment["COLDSTART_API_KEY_FILE"] = f"{_API_KEY_FOLDER}/{_API_KEY}"
     return environment

@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 EXIT_SETTINGS = 2
 EXIT_PREFLIGHT = 3
+EXIT_PORT = 5
 _PRINT_CONFIG = ("--print-config", "--print-config=text", "--print-config=json")
 
 
@@ -78,17 +79,30 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
 
     from runtime import guard, logs, modes, preflight, switches
     from runtime import settings as settings_module
+    from runtime.listener import bind
 
     parse_started = time.time()
     manifest = settings_module.read_manifest()
     flags = [argument for argument in argv if argument not in _PRINT_CONFIG]
-    settings = settings_module.load(flags, os.environ, manifest, settings_module.read_vllm_arguments())
+    known = settings_module.read_vllm_arguments()
+    settings = settings_module.load(flags, os.environ, manifest, known)
+    serves = recorded is None and len(flags) == len(argv)
+    try:
+        # Before anything that may take its time, such as asking for the GPUs: what connects now, waits.
+        listener = bind(settings.host, settings.port) if serves else None
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        return _stop(
+            f"cannot listen on {where}: {error.strerror}. Free the port or choose another with --port.",
+            EXIT_PORT,
+        )
     facts = preflight.gather(manifest)
     settings, recording = modes.find_recording(settings, facts, os.environ)
     settings = replace(settings, api_keys=settings_module.read_api_keys(settings, os.environ))
     parsed = (parse_started, time.time())
-    if len(flags) < len(argv):
-        print(settings_module.describe(settings, os.environ, as_json="--print-config=json" in argv))
+    if not serves and recorded is None:
+        as_json = "--print-config=json" in argv
+        print(settings_module.describe(settings, os.environ, known, as_json=as_json))
         return 0
     logs.begin(settings.log_format)
     try:
@@ -103,15 +117,16 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
         insisted = modes.named(settings, mode) if mode else None
         return warm(settings, flags, facts, output, insisted)
 
+    assert listener is not None
     os.environ[switches.VARIABLE] = ",".join(settings.off)
-    os.environ.update(guard.loopback_environment(settings.engine_args, os.environ))
+    os.environ.update(guard.loopback_environment(settings.vllm_args(), os.environ))
     for name in settings_module.KEY_VARIABLES:  # the key is for the API process alone
         os.environ.pop(name, None)
 
     from runtime.supervisor import Supervisor
 
     with logs.as_json() if settings.log_format == "json" else nullcontext():
-        return Supervisor(settings, started=STARTED, parsed=parsed, recording=recording).run()
+        return Supervisor(settings, listener, started=STARTED, parsed=parsed, recording=recording).run()
 
 
 # Processes forked from the template import this file again under another name.

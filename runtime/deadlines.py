@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from runtime.defaults import PHASE_TIMEOUT_SECONDS
 from runtime.phases import Phase
 
 # Those that PID 1 watches: what lies before them is over in a moment or is not in the container.
@@ -14,14 +15,13 @@ PHASES = (
     *(Phase.CONFIG_PARSE, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.ENGINE_INIT, Phase.WEIGHT_LOAD),
     *(Phase.COMPILE, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.TOKENIZER_INIT, Phase.READY),
 )
-DEFAULT_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
 class Deadlines:
     """default: seconds for a phase that is not in `phases`, and between two phases."""
 
-    default: float = DEFAULT_SECONDS
+    default: float = PHASE_TIMEOUT_SECONDS
     phases: Mapping[Phase, float] = field(default_factory=dict)
 
     @classmethod
@@ -38,7 +38,7 @@ class Deadlines:
                 default = seconds
             else:
                 phases[phase] = seconds
-        return cls(DEFAULT_SECONDS if default is None else default, phases)
+        return cls(PHASE_TIMEOUT_SECONDS if default is None else default, phases)
 
     def seconds(self, phase: Phase | None) -> float:
         """phase: the one under way, None between two."""

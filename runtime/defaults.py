@@ -4,5 +4,7 @@
 DRAIN_DELAY_SECONDS = 5.0
 # What requests in flight get to finish after the delay.
 DRAIN_TIMEOUT_SECONDS = 30.0
+# How long a phase may go without a sign of progress before the start is given up.
+PHASE_TIMEOUT_SECONDS = 600.0
 # What the engine may take to release memory and exit, once no request is left.
 TEARDOWN_SECONDS = 9.0

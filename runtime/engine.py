@@ -237,7 +237,7 @@ def _server(args: Any, app: AsgiApp, requests: _Requests, channel: Connection) -
                 await _until(lambda: not connections, time.monotonic() + _ERROR_SECONDS)
 
     # In JSON, uvicorn's loggers go the way of all others.
-    own_format = {"log_config": None} if logs.is_json() else {}
+    own_format = {"log_config": None} if logs.is_json() else _uvicorn_logs(args)
     config = uvicorn.Config(
         app,
         **own_format,
@@ -251,6 +251,16 @@ def _server(args: Any, app: AsgiApp, requests: _Requests, channel: Connection) -
             setattr(config, limit, getattr(args, limit))
     config.load()
     return Server(config)
+
+
+def _uvicorn_logs(args: Any) -> dict[str, Any]:
+    """What --log-config-file and --disable-access-log-for-endpoints ask for, as vLLM's own server has it."""
+    with contextlib.suppress(ImportError):
+        from vllm.entrypoints.launchers.utils.server_utils import get_uvicorn_log_config
+
+        if (config := get_uvicorn_log_config(args)) is not None:
+            return {"log_config": config}
+    return {}
 
 
 async def _until(condition: Callable[[], bool], deadline: float) -> None:

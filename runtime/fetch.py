@@ -27,6 +27,9 @@ FETCHED = "fetched"
 
 _AT_ONCE = 8
 _TICK_SECONDS = 0.5
+# Reading less than this is no sign of progress: looking for one reads, too.
+_TOLD_BYTES = 1 << 17
+_WAITING = "waiting for another container"
 _START_WITH_TOKEN = "start with `docker run -e HF_TOKEN …`"  # noqa: S105 - a sentence
 _TERMS = f"accept the terms on the model's page, and {_START_WITH_TOKEN}"
 # The client's own notes on what it put into a folder.
@@ -71,7 +74,7 @@ def fetch(manifest: Manifest, started: float) -> str:
     trace.announce(Phase.MODEL_DOWNLOAD, started)
     try:
         # Containers that share a volume take turns; those that come later find everything there.
-        with _alone(root), _progress(root, total, started):
+        with _alone(root, started), _progress(root, total, started):
             _tidy(root, manifest.files)
             whole = _each(lambda file: file.is_whole(root), manifest.files)
             missing = [file for file, is_whole in zip(manifest.files, whole, strict=True) if not is_whole]
@@ -201,25 +204,33 @@ def _each(function: Callable[[LockedFile], _T], files: Sequence[LockedFile]) -> 
 
 
 @contextmanager
-def _alone(root: Path) -> Iterator[None]:
+def _alone(root: Path, started: float) -> Iterator[None]:
+    """Waiting is no hang: whoever has the lock has a deadline of its own."""
     (root / ".cache").mkdir(parents=True, exist_ok=True)
     with (root / ".cache" / "coldstart.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                trace.announce(Phase.MODEL_DOWNLOAD, started, _WAITING)
+                time.sleep(_TICK_SECONDS)
         yield
 
 
 @contextmanager
 def _progress(root: Path, total: int, started: float) -> Iterator[None]:
-    """Say how much is on the disk whenever that has changed: silence lets PID 1 end a start that hangs."""
+    """Say how much is on the disk while anything happens: silence lets PID 1 end a start that hangs."""
     over = threading.Event()
 
     def tick() -> None:
-        said = -1
+        said, read = -1, _bytes_read()
         while not over.wait(_TICK_SECONDS):
             have = min(_bytes_below(root), total)
-            if have != said:
+            # Checking what is there changes no size, and takes minutes where that is much.
+            if have != said or _bytes_read() - read > _TOLD_BYTES:
                 trace.announce(Phase.MODEL_DOWNLOAD, started, f"{_amount(have)} of {_amount(total)}")
-                said = have
+                said, read = have, _bytes_read()
 
     thread = threading.Thread(target=tick)
     thread.start()
@@ -238,6 +249,12 @@ def _bytes_below(root: Path) -> int:
             # A file that is written in several places at once has its size early.
             total += min(stat.st_size, stat.st_blocks * 512) if path.is_file() else 0
     return total
+
+
+def _bytes_read() -> int:
+    """By this process, from files."""
+    counted = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counted["rchar"])
 
 
 def _amount(size: int) -> str:

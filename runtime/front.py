@@ -60,8 +60,9 @@ class Front:
         self._busy.add(task)
         loop = asyncio.get_running_loop()
         try:
+            answer = await self._exchange(connection)
             async with asyncio.timeout(_REQUEST_SECONDS):
-                await loop.sock_sendall(connection, await self._exchange(connection))
+                await loop.sock_sendall(connection, answer)
             connection.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(
                 _LINGER_SECONDS
@@ -75,21 +76,25 @@ class Front:
             connection.close()
 
     async def _exchange(self, client: socket.socket) -> bytes:
-        """Read one whole request, body included (an unread body would reset the answer)."""
+        """Read one request; with its body if that comes in time, for an unread one would reset the answer."""
         loop = asyncio.get_running_loop()
         connection = h11.Connection(h11.SERVER)
         request: h11.Request | None = None
         try:
-            while True:
-                event = connection.next_event()
-                if event is h11.NEED_DATA:
-                    connection.receive_data(await loop.sock_recv(client, _READ_BYTES))
-                elif isinstance(event, h11.Request):
-                    request = event
-                elif isinstance(event, h11.EndOfMessage):
-                    break
-                elif isinstance(event, h11.ConnectionClosed):
-                    return b""
+            async with asyncio.timeout(_REQUEST_SECONDS):
+                while True:
+                    event = connection.next_event()
+                    if event is h11.NEED_DATA:
+                        connection.receive_data(await loop.sock_recv(client, _READ_BYTES))
+                    elif isinstance(event, h11.Request):
+                        request = event
+                    elif isinstance(event, h11.EndOfMessage):
+                        break
+                    elif isinstance(event, h11.ConnectionClosed):
+                        return b""
+        except TimeoutError:
+            if request is None:
+                return b""
         except h11.RemoteProtocolError:
             return _encode(connection, Reply(HTTPStatus.BAD_REQUEST, {"error": {"message": "bad request"}}))
         assert request is not None

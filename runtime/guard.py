@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMappi
 from http import HTTPStatus
 from typing import Any
 
+from runtime.settings import pairs
+
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -159,8 +161,8 @@ def _header(scope: Scope, name: bytes) -> list[bytes]:
 
 def loopback_environment(engine_args: Sequence[str], environ: Mapping[str, str]) -> dict[str, str]:
     """Variables that keep the engine's sockets on loopback; none where it spans nodes. Set ones stay."""
-    flags = {argument.split("=", 1)[0] for argument in engine_args}
-    if flags & set(_MULTI_NODE):
+    given = dict(pairs(engine_args))
+    if given.keys() & set(_MULTI_NODE) or given.get("--distributed-executor-backend") == "ray":
         return {}
     wanted = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
     return {name: value for name, value in wanted.items() if name not in environ}

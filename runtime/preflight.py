@@ -6,18 +6,21 @@ and refuses nothing: vLLM then decides. The GPU checks have not yet run on a GPU
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runtime import model_folder
 from runtime.settings import Manifest, Settings
+
+_T = TypeVar("_T")
 
 _MIB = 1 << 20
 _SHM = Path("/dev/shm")  # noqa: S108 - looked at, not written
@@ -75,6 +78,7 @@ class Facts:
 def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts:
     cuda = manifest.device == "cuda"
     visible = any(node.exists() for node in _GPU_NODES)
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
     nodes = [node for node in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
     config: dict[str, Any] | None = None
     with suppress(OSError, ValueError):
@@ -86,9 +90,9 @@ def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts
     folders = dict.fromkeys((environ.get("TMPDIR", "/tmp"), environ.get("HOME")))  # noqa: S108
     return Facts(
         gpu_visible=visible,
-        gpu_count=len(nodes),
+        gpu_count=len(chosen_gpus(nodes, chosen)),
         driver=parse_driver(_read("/proc/driver/nvidia/version")) if cuda else None,
-        gpus=_query_gpus() if cuda and visible else None,
+        gpus=_query_gpus(chosen) if cuda and visible else None,
         memory=memory_limit(
             _read("/proc/meminfo"),
             _read("/sys/fs/cgroup/memory.max"),
@@ -135,6 +139,11 @@ def _gpu_problems(settings: Settings, facts: Facts, environ: Mapping[str, str]) 
             "no NVIDIA GPU is visible in this container, and this image serves on one. "
             "Start it with `docker run --gpus all …` (NVIDIA Container Toolkit), or in Kubernetes "
             "request `nvidia.com/gpu: 1`; for a node without a GPU build with a CPU base image."
+        )
+    elif "CUDA_VISIBLE_DEVICES" in environ and not facts.gpus and not facts.gpu_count:
+        yield (
+            f"CUDA_VISIBLE_DEVICES is {environ['CUDA_VISIBLE_DEVICES']!r}, which hides every GPU of this "
+            "container. Unset it, or choose with `docker run --gpus device=N`."
         )
     needed = minimum_driver(environ)
     if facts.driver and needed and facts.driver < needed:
@@ -260,6 +269,17 @@ def parse_gpus(output: str) -> tuple[Gpu, ...] | None:
     return tuple(gpus) or None
 
 
+def chosen_gpus(gpus: Sequence[_T], chosen: str | None) -> Sequence[_T]:
+    """Those that CUDA_VISIBLE_DEVICES leaves: by number, up to the first wrong one; by UUID just as many."""
+    if chosen is None:
+        return gpus
+    entries = [entry.strip() for entry in chosen.split(",")]
+    if not all(re.fullmatch(r"-?\d+", entry) for entry in entries):
+        return gpus[: len([entry for entry in entries if entry])]
+    valid = itertools.takewhile(lambda number: 0 <= number < len(gpus), map(int, entries))
+    return [gpus[number] for number in valid]
+
+
 def memory_limit(meminfo: str | None, cgroup_v2: str | None, cgroup_v1: str | None) -> int | None:
     """The least of the control group's limit and what the node has available, in bytes."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo or "", re.MULTILINE)
@@ -318,10 +338,11 @@ def _read(path: str) -> str | None:
         return None
 
 
-def _query_gpus() -> tuple[Gpu, ...] | None:
+def _query_gpus(chosen: str | None) -> tuple[Gpu, ...] | None:
     query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return parse_gpus(done.stdout)
+    gpus = parse_gpus(done.stdout)
+    return None if gpus is None else tuple(chosen_gpus(gpus, chosen))

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, ForkServerProcess, SpawnContext, SpawnProcess
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -30,6 +31,10 @@ _THREADS_END_SECONDS = 0.2
 _DEVICES = ("/dev/nvidia", "/dev/kfd", "/dev/dri/")
 # Of control groups version 2 and 1.
 _OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/sys/fs/cgroup/memory/memory.oom_control")
+
+
+# How the children that `reap` collected have ended, by process id.
+_ended: dict[int, int] = {}
 
 
 class TemplateProcess(ForkServerProcess):
@@ -265,5 +270,10 @@ def oom_kills() -> int:
 def reap() -> None:
     """Collect exited children: PID 1 inherits every orphan of the container."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        while (found := os.waitpid(-1, os.WNOHANG))[0]:
+            _ended[found[0]] = os.waitstatus_to_exitcode(found[1])
+
+
+def exit_code(process: BaseProcess) -> int | None:
+    """Of a process that has ended, also where `reap` was first."""
+    return process.exitcode if process.exitcode is not None else _ended.get(process.pid or 0)

@@ -79,7 +79,7 @@ class Manifest:
                 model_path=model["path"],
                 served_model_name=model["served_name"],
                 device=data["device"],
-                engine_args=tuple(data["engine_args"]),
+                engine_args=tuple(_dashed(argument) for argument in data["engine_args"]),
                 shards=tuple(file["path"] for file in shards),
                 weight_bytes=sum(file["size"] for file in shards),
                 quantization=model.get("quantization"),
@@ -223,6 +223,9 @@ _KUBERNETES = re.compile(
     r"COLDSTART_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
 )
 _SECRET = re.compile(r"(token|api[-_]key|secret|password)$", re.IGNORECASE)
+_SECRET_INSIDE = re.compile(
+    r"""((?:token|api[-_]?key|secret|password)["']?\s*[:=]\s*)("[^"]*"|'[^']*'|[^\s,}&]+)""", re.IGNORECASE
+)
 
 # Flags that would contradict what PID 1 owns or what the image is.
 _OWNED = {
@@ -232,6 +235,10 @@ _OWNED = {
     "-asc": "one API process serves the socket; scale by adding replicas",
     "--ssl-keyfile": "PID 1 speaks plain HTTP; terminate TLS in front of the container",
     "--ssl-certfile": "PID 1 speaks plain HTTP; terminate TLS in front of the container",
+    **dict.fromkeys(
+        ("--ssl-ca-certs", "--ssl-cert-reqs", "--ssl-ciphers", "--enable-ssl-refresh"),
+        "PID 1 speaks plain HTTP; terminate TLS in front of the container",
+    ),
     "--headless": "an image serves HTTP; use vLLM's own image for a headless node",
     "--grpc": "an image serves HTTP; use vLLM's own image for gRPC",
     "--grpc-port": "an image serves HTTP; use vLLM's own image for gRPC",
@@ -408,7 +415,7 @@ def _check_engine_args(rest: Sequence[str], known: Sequence[VllmArgument]) -> No
 
 def _check_contradictions(settings: Settings, environ: Mapping[str, str]) -> None:
     if settings.log_format == "json":
-        for name in ("--logging-config", "--log-config-file"):
+        for name in ("--logging-config", "--log-config-file", "--disable-access-log-for-endpoints"):
             if settings.engine_value(name) is not None:
                 raise SettingsError(f"{name} contradicts --log-format json: give one of the two")
         if environ.get("VLLM_LOGGING_CONFIG_PATH"):
@@ -447,8 +454,18 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f": did you mean {close[0]}?" if close else ". `--help` lists them all."
 
 
-def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = False) -> str:
-    """Each value with where it came from, as a table or as JSON; keys and tokens masked."""
+def describe(
+    settings: Settings,
+    environ: Mapping[str, str],
+    known: Sequence[VllmArgument] = (),
+    *,
+    as_json: bool = False,
+) -> str:
+    """Each value with where it came from, as a table or as JSON; keys and tokens masked.
+
+    known: as for `load`; an argument is then one row, by whichever of its names it is given.
+    """
+    names = {flag: argument.flags[0] for argument in known for flag in argument.flags if flag[:5] != "--no-"}
     rows = [
         {
             "name": option.flag,
@@ -458,18 +475,31 @@ def describe(settings: Settings, environ: Mapping[str, str], *, as_json: bool = 
         for option in OPTIONS
     ]
     rows += [{"name": "--model", "value": settings.manifest.model_path, "from": "image"}]
-    engine = {flag: (value, "image") for flag, value in pairs(settings.manifest.engine_args)}
     mode = "recording" if settings.recorded.get("status") == "used" else "default"
-    engine |= {flag: (value, mode) for flag, value in pairs(settings.mode_args)}
-    engine |= {flag: (value, "flag") for flag, value in pairs(settings.engine_args)}
+    engine: dict[str, tuple[str, str]] = {}
+    for source, arguments in (
+        ("image", settings.manifest.engine_args),
+        (mode, settings.mode_args),
+        ("flag", settings.engine_args),
+    ):
+        engine |= {names.get(flag, flag): (value, source) for flag, value in pairs(arguments)}
     rows += [{"name": name, "value": value, "from": source} for name, (value, source) in engine.items()]
-    variables = [name for name in sorted(environ) if name.startswith("VLLM_") or name in KEY_VARIABLES]
+    shown = ("COLDSTART_MANIFEST", *KEY_VARIABLES)
+    variables = [name for name in sorted(environ) if name.startswith("VLLM_") or name in shown]
     rows += [{"name": name, "value": environ[name], "from": "environment"} for name in variables]
-    rows = [{**row, "value": "***" if _SECRET.search(row["name"]) else row["value"]} for row in rows]
+    rows = [{**row, "value": _masked(row["name"], row["value"])} for row in rows]
     if as_json:
         return json.dumps(rows, indent=1)
     width = max(len(row["name"]) for row in rows)
     return "\n".join(f"{row['name']:{width}}  {row['from']:11}  {row['value']}" for row in rows)
+
+
+def _masked(name: str, value: str) -> str:
+    """A value without what must not be read: a secret's own, or one inside JSON or an address."""
+    if _SECRET.search(name):
+        return "***"
+    value = _SECRET_INSIDE.sub(r"\1***", value)
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", value)
 
 
 def _shown(value: Any) -> str:
@@ -485,6 +515,10 @@ def help_text(known: Sequence[VllmArgument] = ()) -> str:
         "usage: python3 -m runtime [serve] [FLAGS]",
         "",
         "Serve the baked model with vLLM. Flags win over environment variables, and these over the image.",
+        "",
+        "In place of `serve`: `warm --output FOLDER [--mode NAME] [FLAGS]` records a start for `coldstart",
+        "prewarm --from FOLDER`; `health` is for HEALTHCHECK; `switches` prints what --off can name;",
+        "`golden` tells whether the running server answers as recorded; `fetch` downloads the model.",
         "",
         "Coldstart:",
     ]

@@ -22,7 +22,6 @@ from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State
-from runtime.listener import bind
 from runtime.phases import Phase, PhaseEvent, breakdown, now
 from runtime.settings import Settings
 from runtime.state import Recording
@@ -32,7 +31,6 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
 EXIT_FETCH = 4
-EXIT_PORT = 5
 EXIT_FORCED = 6
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,19 +46,21 @@ _KILL_SECONDS = 5.0
 class Supervisor:
     """One start, from the bound port to the exit code.
 
-    started: epoch seconds of the entrypoint's first line; parsed: when settings were read; recording: what
-    the settings' mode comes from, if any.
+    listener: bound, and nobody accepts yet; it is closed in the end. started: epoch seconds of the
+    entrypoint's first line; parsed: when settings were read; recording: what the settings' mode comes from,
+    if any.
     """
 
     def __init__(
         self,
         settings: Settings,
+        listener: socket.socket,
         *,
         started: float,
         parsed: tuple[float, float],
         recording: Recording | None = None,
     ) -> None:
-        self._settings, self._recording = settings, recording
+        self._settings, self._listener, self._recording = settings, listener, recording
         self._lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
         self._record(Phase.CONFIG_PARSE, *parsed)
         self._exit = asyncio.Event()
@@ -83,19 +83,10 @@ class Supervisor:
         return code
 
     def _run(self) -> int:
-        settings = self._settings
-        try:
-            listener = bind(settings.host, settings.port)
-        except OSError as error:
-            where = f"{settings.host}:{settings.port}"
-            self._reason = (
-                f"cannot listen on {where}: {error.strerror}. Free the port or choose another with --port."
-            )
-            return EXIT_PORT
         processes.adopt_orphans()
         # Until the loop handles them, signals wait: the entrypoint's handler would leave the folder behind.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        with listener:
+        with self._listener as listener:
             try:
                 folder = tempfile.mkdtemp(prefix="coldstart-")
             except OSError as error:
@@ -242,6 +233,8 @@ class Supervisor:
                 )
             elif "no_fork" in message:
                 self._no_fork = message["no_fork"]
+            elif "taken_back" in message:
+                self._first_error = ""
             elif "error" in message:
                 self._first_error = self._first_error or message["error"]
             else:
@@ -274,6 +267,7 @@ class Supervisor:
         if self._lifecycle.state is not State.STARTING:
             return
         self._front.close()
+        self._first_error = ""
         self._lifecycle.move(State.READY)
         self._channel.send(("accept", self._lifecycle.events))
         self._spawn(self._note_shared_memory())
@@ -297,14 +291,15 @@ class Supervisor:
     def _on_engine_exit(self, process: Any) -> None:
         asyncio.get_running_loop().remove_reader(process.sentinel)
         process.join()
+        code = processes.exit_code(process)
         while self._channel is not None and self._channel.poll() and not self._stopped:
             self._on_message()  # its last words may be in the pipe still
         if self._lifecycle.state is State.DRAINING:
             if not self._stopped:
-                self._cut(faults.ended("while draining, the engine", process.exitcode))
+                self._cut(faults.ended("while draining, the engine", code))
             self._exit.set()
         elif self._lifecycle.state in (State.STARTING, State.READY):
-            self._spawn(self._fail(faults.ended("the engine", process.exitcode)))
+            self._spawn(self._fail(faults.ended("the engine", code)))
 
     def _on_signal(self) -> None:
         self._signals += 1

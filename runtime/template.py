@@ -190,6 +190,7 @@ def load() -> None:
 def _import_everything() -> None:
     """Start this process again without deferred imports: another vLLM may use what their list forbids."""
     print(f"{failure}coldstart: once more, with --off {Switch.DEFERRED_IMPORTS.label}", flush=True)
+    trace.take_back_error()
     switches.turn_off(Switch.DEFERRED_IMPORTS)
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - multiprocessing's descriptors are inherited
 

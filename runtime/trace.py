@@ -25,6 +25,7 @@ from runtime.phases import Phase, PhaseEvent, now
 SOCKET_VARIABLE = "COLDSTART_EVENTS"
 _PROGRESS_SECONDS = 0.2
 _ERROR_CHARACTERS = 2000
+_SEND_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def _send(message: dict[str, Any]) -> None:
     path = os.environ.get(SOCKET_VARIABLE)
     if not path:
         return
-    # Measuring must never stop a start.
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sender, suppress(OSError):
+    # The kernel queues ten datagrams in a container, so a burst waits for PID 1. Measuring must never stop a
+    # start.
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender, suppress(OSError):
+        sender.settimeout(_SEND_SECONDS)
         sender.sendto(json.dumps(message).encode(), path)
 
 
@@ -105,6 +108,11 @@ def progress(phase: Phase, detail: str) -> None:
 def _report(phase: Phase, error: Exception) -> None:
     """Why the start fails, for PID 1's last line: vLLM's own exceptions say only which process failed."""
     _send({"error": f"{phase.value} failed: {type(error).__name__}: {error}"[:_ERROR_CHARACTERS]})
+
+
+def take_back_error() -> None:
+    """Tell PID 1 that what was reported is tried again in another way."""
+    _send({"taken_back": True})
 
 
 def refuse_fork(reason: str) -> None:

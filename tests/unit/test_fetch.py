@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import httpx
 import pytest
 from huggingface_hub import errors
 
+from runtime import fetch
 from runtime.fetch import FETCHED, _reason
 from runtime.settings import Manifest
 from tests.hub import COMMIT, Hub, serve
@@ -182,6 +184,40 @@ def test_containers_that_share_a_volume_take_turns(setup: Setup) -> None:
             answers = [process.communicate(timeout=60)[0].splitlines()[-1] for process in (first, second)]
     assert answers == [FETCHED, FETCHED]
     assert setup.files() == {name: (setup.hub.folder / name).read_bytes() for name in LOCKED}
+
+
+def test_waiting_for_another_container_is_progress(setup: Setup, tmp_path: Path) -> None:
+    (setup.root / ".cache").mkdir(parents=True)
+    receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    receiver.bind(str(tmp_path / "events"))
+    receiver.settimeout(30)
+    with receiver, (setup.root / ".cache" / "coldstart.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with setup.start(COLDSTART_EVENTS=str(tmp_path / "events")) as process:
+            details = [json.loads(receiver.recv(65536))["begin"]["detail"] for _ in range(3)]
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            assert process.communicate(timeout=60)[0].splitlines()[-1] == FETCHED
+    assert details == ["", *["waiting for another container"] * 2]
+
+
+def test_checking_what_is_there_is_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("runtime.trace.announce", lambda _phase, _started, detail: said.append(detail))
+    monkeypatch.setattr(fetch, "_TICK_SECONDS", 0.01)
+    (tmp_path / "weights").write_bytes(bytes(1 << 20))
+    with fetch._progress(tmp_path, 1 << 20, 0.0):
+        _wait_for(lambda: len(said) == 1)
+        time.sleep(0.1)
+        assert len(said) == 1  # nothing happens
+        (tmp_path / "weights").read_bytes()
+        _wait_for(lambda: len(said) == 2)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _has_open(process: subprocess.Popen[str], name: str) -> bool:

@@ -65,6 +65,17 @@ def test_request_with_a_large_body_gets_its_503() -> None:
     _with_front(scenario)
 
 
+def test_upload_that_does_not_end_in_time_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.front._REQUEST_SECONDS", 0.2)
+
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\nslow"
+        assert (await _exchange(port, request)).startswith(b"HTTP/1.1 503 ")
+        assert await _exchange(port, b"POST /v1/chat/comp") == b""
+
+    _with_front(scenario)
+
+
 def test_head_has_no_body() -> None:
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         answer = await _exchange(port, b"HEAD /ready HTTP/1.1\r\nHost: x\r\n\r\n")

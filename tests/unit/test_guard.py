@@ -212,3 +212,5 @@ def test_engine_stays_on_loopback_unless_it_spans_nodes() -> None:
     assert loopback_environment(["-tp", "2"], {}) == loopback
     assert "VLLM_HOST_IP" not in loopback_environment([], {"VLLM_HOST_IP": "10.0.0.1"})
     assert loopback_environment(["--nnodes=2"], {}) == {}
+    assert loopback_environment(["--distributed-executor-backend", "ray"], {}) == {}
+    assert loopback_environment(["--distributed-executor-backend", "mp"], {}) == loopback

@@ -13,6 +13,7 @@ from runtime.preflight import (
     PreflightError,
     cache_bytes,
     check,
+    chosen_gpus,
     gather,
     memory_limit,
     minimum_driver,
@@ -79,6 +80,28 @@ def test_bad_machine_is_told_with_the_way_out(
     environ = ENVIRON if manifest is CPU else {"CUDA_VERSION": "13.0.1"}
     with pytest.raises(PreflightError, match=words):
         check(load(argv, {}, manifest), facts, environ)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "left"),
+    [
+        (None, "abc"),
+        ("0", "a"),
+        ("2,0", "ca"),
+        ("1,7,0", "b"),
+        ("-1", ""),
+        ("", ""),
+        ("GPU-3f,GPU-91", "ab"),
+    ],
+)
+def test_gpus_that_the_environment_leaves(chosen: str | None, left: str) -> None:
+    assert "".join(chosen_gpus("abc", chosen)) == left
+
+
+def test_hidden_gpus_are_told() -> None:
+    none = replace(GOOD, gpus=(), gpu_count=0)
+    with pytest.raises(PreflightError, match="CUDA_VISIBLE_DEVICES is '', which hides every GPU"):
+        check(load([], {}, GPU), none, {"CUDA_VISIBLE_DEVICES": ""})
 
 
 def test_multiprocess_executor_of_the_cpu_needs_shared_memory() -> None:

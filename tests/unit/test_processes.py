@@ -111,3 +111,19 @@ def test_an_open_device_and_a_thread_forbid_a_fork(tmp_path: Path) -> None:
     assert said[0] == "''"
     assert said[1] == f"since importing vLLM opened {tmp_path}/nvidia0"
     assert said[2] == "since importing vLLM started 1 thread"
+
+
+def test_how_a_process_ended_is_known_when_it_was_reaped_first() -> None:
+    said = _run(
+        """
+        import multiprocessing
+        process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        process.start()
+        os.kill(process.pid, signal.SIGKILL)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        processes.reap()
+        process.join()
+        print(process.exitcode, processes.exit_code(process))
+        """
+    )
+    assert said == "None -9"

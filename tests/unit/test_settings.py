@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -211,6 +212,27 @@ def test_print_config_says_where_each_value_came_from_and_hides_secrets() -> Non
     assert all(name in text for name in rows)
 
 
+def test_print_config_has_one_row_for_an_argument_and_hides_secrets_inside_values() -> None:
+    manifest = replace(MANIFEST, engine_args=("--tensor-parallel-size", "2", "--enable-x"))
+    known = (*KNOWN, VllmArgument("Frontend", ("--enable-x", "--no-enable-x"), ""))
+    inside = [
+        "--kv-transfer-config",
+        '{"password": "pa ss", "max_tokens": 5}',
+        "--otlp",
+        "http://me:pa55@host/x",
+    ]
+    settings = load(["-tp", "4", "--no-enable-x", *inside], {}, manifest)
+    rows = {row["name"]: row for row in json.loads(describe(settings, {}, known, as_json=True))}
+    assert (rows["--tensor-parallel-size"]["value"], rows["--tensor-parallel-size"]["from"]) == ("4", "flag")
+    assert "-tp" not in rows
+    assert rows["--no-enable-x"]["from"] == "flag"
+    assert rows["--kv-transfer-config"]["value"] == '{"password": ***, "max_tokens": 5}'
+    assert rows["--otlp"]["value"] == "http://***@host/x"
+    environ = {"COLDSTART_MANIFEST": "/m.json"}
+    rows = {row["name"]: row for row in json.loads(describe(settings, environ, as_json=True))}
+    assert rows["COLDSTART_MANIFEST"]["value"] == "/m.json"
+
+
 def test_help_lists_ours_and_vllms_by_group_without_what_is_refused() -> None:
     text = help_text(KNOWN)
     assert all(option.flag in text and option.variable in text for option in OPTIONS)
@@ -305,6 +327,16 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
     hidden = run()
     assert hidden.returncode == 3
     assert "mounted over it" in hidden.stderr
+
+
+def test_baked_arguments_may_have_underscores(tmp_path: Path) -> None:
+    model = {"path": "/m", "served_name": "m", "files": []}
+    arguments = ["--tensor_parallel_size", "3"]
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"device": "cpu", "engine_args": arguments, "model": model})
+    )
+    manifest = Manifest.read(tmp_path / "manifest.json")
+    assert load([], {}, manifest).engine_value("--tensor-parallel-size", "-tp") == "3"
 
 
 def test_manifest_missing_or_damaged(tmp_path: Path) -> None:

@@ -173,6 +173,15 @@ def test_import_that_fails_is_told(serve: Callable[..., Server]) -> None:
     assert "Traceback" in server.log()
 
 
+def test_an_error_that_was_taken_back_is_not_the_reason(serve: Callable[..., Server]) -> None:
+    first = (
+        "from runtime import trace\ntrace._send({'error': 'a first try failed'})\ntrace.take_back_error()\n"
+    )
+    code, last_line = serve(first + HANGS, "--phase-timeout", "600,engine_import=2").wait()
+    assert code == 1
+    assert "failed: no progress for 2 s in engine_import" in last_line
+
+
 def test_killed_template_is_told(serve: Callable[..., Server]) -> None:
     server = serve(HANGS)
     running: list[Any] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -54,6 +55,26 @@ def test_a_process_knows_when_it_started() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     started, asked = map(float, done.stdout.split())
     assert before - 0.02 < started < asked - 0.2  # a tick is 10 ms
+
+
+def test_a_burst_of_messages_waits_for_who_reads(tmp_path: Path) -> None:
+    code = """
+from runtime import trace
+from runtime.phases import Phase
+for number in range(400):
+    trace.announce(Phase.WEIGHT_LOAD, 1.0, str(number))
+"""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as receiver:
+        receiver.bind(str(tmp_path / "events"))
+        receiver.settimeout(30)
+        environment = {**os.environ, trace.SOCKET_VARIABLE: str(tmp_path / "events")}
+        with subprocess.Popen([sys.executable, "-c", code], env=environment) as sender:
+            details = []
+            for _ in range(400):
+                details.append(json.loads(receiver.recv(65536))["begin"]["detail"])
+                time.sleep(0.001)
+            assert sender.wait(30) == 0
+    assert details == [str(number) for number in range(400)]
 
 
 def test_a_phase_may_have_begun_before_its_block(messages: Any) -> None:
