@@ -28,13 +28,14 @@ WAYS: tuple[Way, ...] = ("bake", "download", "mount")
 class Node:
     """registry, hub: what arrives; unpack: compressed layer bytes put on disk; disk: cold reads of weights.
 
-    mount: reads from a volume that holds the weights, disk's rate where None. has: what the node has already.
+    mount: reads from a volume that holds the weights, disk's rate where None. Where neither is known,
+    nothing is said of mounting. has: what the node has already.
     """
 
     registry: float
     hub: float
     unpack: float
-    disk: float
+    disk: float | None = None
     mount: float | None = None
     has: Literal["nothing", "base", "image"] = "base"
 
@@ -63,12 +64,20 @@ def seconds(way: Way, model: Model, node: Node) -> float:
     if way == "download":
         return total + max(0.0, model.weights / node.hub - model.imports)
     if way == "mount":
-        return total + model.weights / (node.mount or node.disk)
-    return total + (model.weights / node.disk if node.has == "image" else 0.0)
+        rate = node.mount or node.disk
+        if rate is None:
+            raise ValueError("the rate of a mounted volume is not known")
+        return total + model.weights / rate
+    return total + (model.weights / node.disk if node.has == "image" and node.disk else 0.0)
+
+
+def ways(node: Node) -> tuple[Way, ...]:
+    """Those whose rates are known."""
+    return WAYS if node.mount or node.disk else ("bake", "download")
 
 
 def best(model: Model, node: Node) -> tuple[Way, float]:
-    return min(((way, seconds(way, model, node)) for way in WAYS), key=lambda pair: pair[1])
+    return min(((way, seconds(way, model, node)) for way in ways(node)), key=lambda pair: pair[1])
 
 
 def crossing(model: Model, node: Node) -> float | None:
@@ -87,7 +96,8 @@ def quantizing_saves(model: Model, quantized: Model, way: Way, node: Node) -> fl
 
 
 def rates_of(run: Run, weights: int) -> Node:
-    """Rates as a run with a pull showed them; hub and disk are the registry's until told otherwise.
+    """Rates as a run with a pull showed them; the hub's is the registry's until told otherwise. The disk's is
+    told only by a run whose page cache was dropped: what was just pulled is read from memory.
 
     weights: bytes that its weight_load read. Raises ValueError for a run without a pull.
     """
@@ -96,7 +106,7 @@ def rates_of(run: Run, weights: int) -> Node:
     if not fetched or not pull:
         raise ValueError("the run pulled nothing: measure with --pull")
     load = run.seconds_in(Phase.WEIGHT_LOAD)
-    disk = weights / load if load else fetched / pull
+    disk = weights / load if load and run.state.page_cache == "cold" else None
     return Node(fetched / pull, fetched / pull, fetched / unpack if unpack else float("inf"), disk)
 
 
@@ -158,17 +168,18 @@ def rows(
     }
     if set(sizes) != {image.reference for image in result.images} or not all(sizes.values()):
         raise ValueError("the size of an image's weights is not known: give --weights for each")
-    ways: dict[str, Way] = {image.reference: image.weights or "bake" for image in result.images}
-    runs = {name: [run for run in result.measured(name) if run.state.pulled] for name in ways}
+    own: dict[str, Way] = {image.reference: image.weights or "bake" for image in result.images}
+    runs = {name: [run for run in result.measured(name) if run.state.pulled] for name in own}
     if not all(runs.values()):
         raise ValueError("an image has no run with a pull: measure with --pull")
-    baked = next((name for name, way in ways.items() if way == "bake"), None)
+    baked = next((name for name, way in own.items() if way == "bake"), None)
     if baked is None:
         raise ValueError("no image has its weights baked: measure one with the others")
     whole = runs[baked][0]
-    node = replace(_with_own_rates(rates_of(whole, sizes[baked]), whole, ways, runs, sizes), **given)  # type: ignore[arg-type]
+    node = replace(_with_own_rates(rates_of(whole, sizes[baked]), whole, own, runs, sizes), **given)  # type: ignore[arg-type]
+    known = ways(node)
     found = []
-    for name, way in ways.items():
+    for name, way in own.items():
         # Images whose weights are elsewhere pull the rest alone; what they would pull baked is the first's.
         source = runs[name][0] if way == "bake" else whole
         model = Model(
@@ -186,7 +197,7 @@ def rows(
                 predicted,
                 median(run.total_seconds or 0.0 for run in others) if others else None,
                 best(model, node)[0],
-                {each: seconds(each, model, node) for each in WAYS},
+                {each: seconds(each, model, node) for each in known},
                 crossing(model, node),
             )
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.harness import describe_machine
 from benchmarks.schema import read_result
 from builder.docker_engine import DockerEngine
 from runtime.phases import Phase
@@ -110,7 +111,11 @@ def main(image: str, bench: Path, output: Path) -> None:
         floor = sum(median(sample[part] for sample in samples) for part in parts)
         if round(took, 2):
             rows.append({"phase": phase.value, "seconds": took, "floor_seconds": floor, "floor": words})
-    result = {"schema": 1, "image": image, "bench": bench.name, "samples": samples, "phases": rows}
+    machine = describe_machine().model_dump()
+    result = {
+        **{"schema": 1, "image": image, "machine": machine, "bench": bench.name},
+        **{"samples": samples, "phases": rows},
+    }
     output.write_text(json.dumps(result, indent=1) + "\n")
     print("| phase | seconds | floor | which is |\n|---|---:|---:|---|")
     for row in rows:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import describe_machine
 from builder.docker_engine import DockerEngine
 from runtime.golden import Answer, compare
 
@@ -83,7 +84,8 @@ def main(image: str, result: Path) -> None:
         for left, right in itertools.combinations(made, 2)
     ]
     time = datetime.now(UTC).isoformat(timespec="seconds")
-    data = {"schema": 1, "image": image, "time": time, "pairs": pairs}
+    machine = describe_machine(engine.version).model_dump()
+    data = {"schema": 1, "image": image, "machine": machine, "time": time, "pairs": pairs}
     result.write_text(json.dumps(data, indent=1) + "\n")
     for pair in pairs:
         print(

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import page_cache
+from benchmarks.harness import describe_machine
 from builder.docker_engine import DockerEngine
 
 # Few wide layers: what is measured is bytes, not the number of tensors.
@@ -212,7 +213,7 @@ def main() -> None:
     given = parser.parse_args()
     folder, engine = given.folder / "random-llama", DockerEngine()
     given.folder.mkdir(parents=True)
-    result: dict[str, Any] = {"runs": []}
+    result: dict[str, Any] = {"machine": describe_machine(engine.version).model_dump(), "runs": []}
     try:
         result["bytes"] = make_model(folder, given.tokenizer, given.gib)
         os.sync()

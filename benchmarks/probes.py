@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import socket
 import sys
 import threading
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import client
+from benchmarks.harness import describe_machine
 from builder.docker_engine import Container, DockerEngine
 from runtime.phases import now
 
@@ -144,7 +144,7 @@ def main() -> int:
     taken = sorted(sample[1] for start in starts for sample in start["samples"])
     summary = {
         "image": options.image,
-        "machine": platform.platform(),
+        "machine": describe_machine(engine.version).model_dump(),
         "client_runs_first": first,
         "starts": len(starts),
         "probes": len(taken),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from typing import Any
 import h11
 
 from benchmarks import client
+from benchmarks.harness import describe_machine
 from benchmarks.load import Client, Tally, Target
 from benchmarks.stats import ratio_of_medians
 from builder.docker_engine import DockerEngine
@@ -131,7 +131,8 @@ def main() -> int:
         )
     summary = {name: _compare(starts, name) for name in ("latency", "route", "throughput")}
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    result = {"images": images, "machine": platform.platform(), "summary": summary, "starts": starts}
+    machine = describe_machine(engine.version).model_dump()
+    result = {"images": images, "machine": machine, "summary": summary, "starts": starts}
     options.json.write_text(json.dumps(_rounded(result), indent=1))
     return 0
 

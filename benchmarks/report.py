@@ -21,6 +21,7 @@ from benchmarks.summary import (
     is_ablation,
     machine,
     median_run,
+    note_lines,
     phase_rows,
     short_names,
     summary_lines,
@@ -120,7 +121,7 @@ def markdown(result: BenchResult, notes: Sequence[str] = ()) -> str:
         name = f"**{row.name}**" if row.name == FIRST_TOKEN_TOTAL else row.name
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines += ["", f"{caption(result)}. {compared(result)} {machine(result)}", ""]
-    lines += [f"- {line}" for line in (*verdict_lines(shown), *notes)]
+    lines += [f"- {line}" for line in (*verdict_lines(shown), *note_lines(shown), *notes)]
     return "\n".join([*lines, ""])
 
 

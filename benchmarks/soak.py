@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import client
+from benchmarks.harness import describe_machine
 from benchmarks.load import Target, shut_down_under_load
 from benchmarks.stats import summarize
 from builder.docker_engine import Container, DockerEngine
@@ -130,7 +130,7 @@ def main() -> int:
     probes = sorted(seconds for r in rounds for seconds in r["probe_seconds"])
     summary = {
         "image": options.image,
-        "machine": platform.platform(),
+        "machine": describe_machine(engine.version).model_dump(),
         "rounds": len(rounds),
         "failed_rounds": len(failed),
         "streams": sum(r["tally"]["streams"] for r in rounds),

@@ -14,3 +14,4 @@ weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" 
 DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
 python -m benchmarks.proxy_hop "$OURS" "$STOCK" --starts "${STARTS:-6}" --json "benchmarks/results/proxy-hop-$(date +%F).json"
 python -m benchmarks.soak "$OURS" --count "${COUNT:-50}" --json "benchmarks/results/soak-$(date +%F).json"
+python -m benchmarks.probes "$OURS" --starts "${STARTS:-6}" --json "benchmarks/results/probes-$(date +%F).json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from statistics import median_low
+from statistics import median, median_low
 
 from benchmarks.layout import waterfall
 from benchmarks.schema import BenchResult, Machine, Run, State
@@ -100,8 +100,18 @@ def verdict_lines(result: BenchResult) -> list[str]:
 
 
 def note_lines(result: BenchResult) -> list[str]:
-    """Spread, noise, outliers, differing answers and warnings."""
-    return [*_image_lines(result), *_answer_lines(result), *_warning_lines(result)]
+    """Spread, noise, outliers, differing answers, warnings, and what sampling took."""
+    return [
+        *_image_lines(result),
+        *_answer_lines(result),
+        *_warning_lines(result),
+        *_sampler_lines(result),
+    ]
+
+
+def _sampler_lines(result: BenchResult) -> list[str]:
+    took = [run.sampler_cpu_seconds for run in result.runs if run.sampler_cpu_seconds is not None]
+    return [f"Sampling resources took {median(took):.2f} CPU seconds a run (median)."] if took else []
 
 
 def verdict(run: Run) -> str:

@@ -585,7 +585,7 @@ def bench_bake(
     ] = None,
     registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
     hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
-    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [measured].")] = None,
+    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [of a cold run].")] = None,
     mount: Annotated[float | None, typer.Option(help="MB/s of a mounted volume [the disk's].")] = None,
 ) -> None:
     """Bake, download or mount the weights: what reaches the first token sooner on such a node."""
@@ -605,8 +605,12 @@ def bench_bake(
         raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
     typer.echo(
         f"MB/s: registry {node.registry / 1e6:.0f}, unpacking {node.unpack / 1e6:.0f}, "
-        f"hub {node.hub / 1e6:.0f}, disk {node.disk / 1e6:.0f}, mount {(node.mount or node.disk) / 1e6:.0f}"
+        f"hub {node.hub / 1e6:.0f}, disk {_rate(node.disk)}, mount {_rate(node.mount or node.disk)}"
     )
+    if "mount" not in bake.ways(node):
+        typer.echo(
+            "nothing is said of mounting: give --mount or --disk, or measure an image with a mount too"
+        )
     for row in rows:
         ways = ", ".join(f"{way} {took:.1f} s" for way, took in row.seconds.items())
         typer.echo(f"{row.image}: {row.best} is soonest; {ways}")
@@ -623,7 +627,8 @@ def bench_bake(
     baked = [row for row in rows if row.way == "bake"]
     for row in baked[1:]:
         saved = ", ".join(
-            f"{way} {bake.quantizing_saves(baked[0].model, row.model, way, node):+.1f} s" for way in bake.WAYS
+            f"{way} {bake.quantizing_saves(baked[0].model, row.model, way, node):+.1f} s"
+            for way in bake.ways(node)
         )
         typer.echo(f"{row.image} instead of {baked[0].image} saves: {saved}")
 
@@ -650,6 +655,10 @@ def bench_history(
     outputs.check()
     results, skipped = history.read_folder(folder)
     lines = history.series(results, max_regression or history.ALLOWED)
+    if not lines:
+        raise InputError(
+            f"{folder} has no result with a start that succeeded", fix="Measure one with --json."
+        )
     Console().print(history.table(lines))
     for name in skipped:
         typer.echo(f"{name} is not a result of coldstart bench")
@@ -661,6 +670,10 @@ def bench_history(
             write_whole(svg, drawing.encode())
         if png:
             write_whole(png, draw_png(drawing))
+
+
+def _rate(rate: float | None) -> str:
+    return "not known" if rate is None else f"{rate / 1e6:.0f}"
 
 
 def _check_until(until: float | None, max_runs: int | None, earlier: FileBaseline | None) -> None:

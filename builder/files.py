@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,9 @@ def finished_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.mkdir(parents=True)
         yield partial
+        _to_disk(partial, *partial.rglob("*"))
         partial.rename(folder)
+        _to_disk(folder.parent)
     except OSError as error:
         if error.errno not in _FULL:
             raise
@@ -49,6 +52,18 @@ def finished_folder(folder: Path) -> Iterator[Path]:
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _to_disk(*paths: Path) -> None:
+    """So that a machine that dies after a rename does not have the name without the content."""
+    for path in paths:
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def require_space(folder: Path, needed: int, *, what: str, fix: str) -> None:

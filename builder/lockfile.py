@@ -29,7 +29,10 @@ class Drift(StrEnum):
 
 
 class Request(BaseModel):
-    """What the user asked for, as far as it decides the files of the model."""
+    """What the user asked for, as far as it decides which weights an image has.
+
+    quantization: the method and what it is calibrated on; None where nothing is quantized.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,6 +41,7 @@ class Request(BaseModel):
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    quantization: str | None = None
 
     @classmethod
     def of(cls, spec: ImageSpec) -> Request:
@@ -50,7 +54,12 @@ class Request(BaseModel):
             include=spec.include,
             exclude=spec.exclude,
             trust_remote_code=spec.trust_remote_code,
+            quantization=_quantization(spec),
         )
+
+    def same_model(self, other: Request) -> bool:
+        """Whether both ask for the same files of the hub."""
+        return self.model_copy(update={"quantization": other.quantization}) == other
 
 
 class LockFile(BaseModel):
@@ -116,7 +125,7 @@ def write(path: Path, spec: ImageSpec, model: ModelLock) -> None:
 
 def pinned(spec: ImageSpec, lock: LockFile | None) -> ImageSpec:
     """The spec at the locked commit: the branch was followed once, when the lock was written."""
-    if lock is None or lock.request != Request.of(spec) or lock.model.revision is None:
+    if lock is None or not lock.request.same_model(Request.of(spec)) or lock.model.revision is None:
         return spec
     name = spec.model.rsplit("@", 1)[0]
     return spec.model_copy(update={"model": name, "revision": lock.model.revision})
@@ -162,4 +171,15 @@ def drift(spec: ImageSpec, lock: LockFile | None, found: ModelLock) -> Drift:
 
 
 def _name(request: Request) -> str:
-    return f"{request.model}@{request.revision}" if request.revision else request.model
+    name = f"{request.model}@{request.revision}" if request.revision else request.model
+    return f"{name} ({request.quantization})" if request.quantization else name
+
+
+def _quantization(spec: ImageSpec) -> str | None:
+    """On one line, the same on every machine: of a calibration file its name."""
+    if spec.quantize is None:
+        return None
+    source = spec.calibration or "the model's own answers"
+    if not source.startswith("hf://"):
+        source = Path(source).name
+    return f"{spec.quantize}, {spec.calibration_samples} x {spec.calibration_tokens} tokens of {source}"

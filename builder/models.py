@@ -25,6 +25,10 @@ _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken
 _CODE = ("*.py",)
 _UNWANTED = ("training_args*", "trainer_state*", "optimizer*", "scheduler*", "rng_state*", "*.index.json.bak")
 _UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf", "runs", "checkpoints"})
+# Of trainers: each holds all the weights of a moment.
+_CHECKPOINT_FOLDERS = ("checkpoint-*", "last-checkpoint", "global_step*")
+# Not "model.fp16.safetensors", the same in another type, nor "consolidated.safetensors", the same again.
+_SHARD = re.compile(r"model([-_].*)?\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_INDEX = "model.safetensors.index.json"
 _CARD = "README.md"
@@ -391,6 +395,8 @@ def _wanted_paths(paths: Iterable[str], choice: Choice) -> list[str]:
         parts = Path(path).parts
         if any(part.startswith(".") or part in _UNWANTED_FOLDERS for part in parts):
             continue
+        if any(_matches(part, _CHECKPOINT_FOLDERS) for part in parts[:-1]):
+            continue
         wanted_names = _WANTED + (_CODE if choice.remote_code else ())
         if not _matches(parts[-1], wanted_names) or _matches(parts[-1], _UNWANTED):
             continue
@@ -398,10 +404,10 @@ def _wanted_paths(paths: Iterable[str], choice: Choice) -> list[str]:
             raise ModelError(f"the model has a file with an unusable name: {path!r}", fix="Rename it.")
         if choice.keeps(path):
             wanted.append(path)
-    shards = [path for path in wanted if path.endswith(".safetensors")]
     if SHARD_INDEX in wanted or "model.safetensors" in wanted:
-        # Some repositories carry the same weights twice, e.g. also as consolidated.safetensors.
-        wanted = [path for path in wanted if path not in shards or Path(path).name.startswith("model")]
+        wanted = [
+            path for path in wanted if not path.endswith(".safetensors") or _SHARD.fullmatch(Path(path).name)
+        ]
     return sorted(wanted)
 
 

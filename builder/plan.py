@@ -248,6 +248,7 @@ def _quantization_labels(quantization: Mapping[str, Any] | None) -> dict[str, st
         f"{_LABEL}.quantization.method": quantization["method"],
         f"{_LABEL}.quantization.recipe": quantization["description"],
         f"{_LABEL}.quantization.perplexity-increase": f"{quantization['quality']['perplexity_increase']:.4f}",
+        f"{_LABEL}.quantization.same-next-token": f"{quantization['quality']['top1_agreement']:.4f}",
     }
 
 

@@ -22,7 +22,7 @@ import pytest
 from builder.docker_engine import Container, DockerEngine
 from builder.render import Rendered
 from builder.report import SilentReporter
-from tests.image.conftest import ENGINE_ARGS, PREFIX, coldstart
+from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, wait_ready
 from tests.models import write_model
 
 NO_LABEL = "dev.coldstart.test=none"  # these Dockerfiles leave nothing to tell apart
@@ -102,6 +102,27 @@ def test_weights_are_in_the_image_once(plain: Any, base: str, engine: DockerEngi
     added = engine.require_image(plain["tag"]).size - engine.require_image(base).size
     weights = sum(file["size"] for file in plain["manifest"]["model"]["files"])
     assert weights <= added < weights + (2 << 20)
+
+
+def test_split_weights_answer_as_the_whole(
+    build: Callable[..., Any], plain: Any, start: Callable[..., Container]
+) -> None:
+    limit = 60 << 20  # the largest tensor has 54 MiB
+    split = build("smollm2:split", "--max-shard-size", "60MiB", "--no-prewarm")
+    sizes = [
+        [
+            file["size"]
+            for file in image["manifest"]["model"]["files"]
+            if file["path"].endswith(".safetensors")
+        ]
+        for image in (plain, split)
+    ]
+    assert len(sizes[0]) == 1
+    assert len(sizes[1]) >= 5
+    assert max(sizes[1]) <= limit
+    container = start(split["tag"])
+    wait_ready(container)
+    assert ask(container)["chat"] == "The capital of France is Paris."
 
 
 def test_no_package_cache_is_in_the_image(plain: Any, engine: DockerEngine) -> None:

@@ -336,4 +336,5 @@ def test_quality_is_in_the_label(awq: Any, engine: DockerEngine) -> None:
     labels = engine.require_image(awq["tag"]).labels
     quality = awq["manifest"]["quantization"]["quality"]
     assert labels["dev.coldstart.quantization.perplexity-increase"] == f"{quality['perplexity_increase']:.4f}"
+    assert labels["dev.coldstart.quantization.same-next-token"] == f"{quality['top1_agreement']:.4f}"
     assert "groups of 64" in labels["dev.coldstart.quantization.recipe"]

@@ -106,7 +106,9 @@ def pulled(total: float = 25.0) -> Run:
 
 def test_rates_of_a_run_reproduce_it() -> None:
     node = bake.rates_of(pulled(), weights=1000 * MB)
-    assert (node.registry, node.unpack, node.disk) == pytest.approx((100 * MB, 200 * MB, 400 * MB))
+    assert (node.registry, node.unpack, node.disk) == (100 * MB, 200 * MB, None)
+    cold = pulled().model_copy(update={"state": State(page_cache="cold")})
+    assert bake.rates_of(cold, weights=1000 * MB).disk == pytest.approx(400 * MB)
     model = replace(MODEL, rest=bake.rest_of(pulled()))
     assert bake.seconds("bake", model, node) == pytest.approx(25.0)
 
@@ -142,8 +144,10 @@ def test_the_first_pull_gives_the_rates_and_the_other_runs_check_them() -> None:
     assert (a.way, a.measured) == ("bake", 31.25)
     assert a.predicted == pytest.approx(25.0)
     assert a.error == pytest.approx(-0.2)
-    assert a.best == "mount"
-    (_, (alone,)) = bake.rows(result_of(first), {}, weights=sizes)
+    assert a.best == "bake"
+    assert set(a.seconds) == {"bake", "download"}  # what was just pulled says nothing of a volume
+    (_, (alone,)) = bake.rows(result_of(first), {"disk": 400.0 * MB}, weights=sizes)
+    assert alone.best == "mount"
     assert (alone.measured, alone.error) == (None, None)
 
 
@@ -217,6 +221,9 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
     assert "a: bake is soonest; bake 25.0 s, download 33.0 s" in shown.output
     assert "from 50 MB/s" in shown.output
     assert "not checked" in shown.output
+    assert "nothing is said of mounting" not in shown.output
+    untold = CliRunner().invoke(app, command[:-2])
+    assert "disk not known, mount not known\nnothing is said of mounting: give --mount" in untold.output
     both = tmp_path / "three.json"
     both.write_text(three_ways().model_dump_json())
     checked = CliRunner().invoke(app, ["bench", "bake", str(both), "--check", str(both)])

@@ -93,3 +93,18 @@ def test_branch_is_followed_once(spec_file: Path) -> None:
     pinned = lockfile.pinned(spec, lock)
     assert (pinned.model, pinned.revision) == ("org/a", "c" * 40)
     assert lockfile.pinned(ImageSpec(model="org/b"), lock).revision is None
+
+
+def test_quantizing_otherwise_is_another_configuration_of_the_same_model(spec_file: Path) -> None:
+    locked = _resolve(spec_file).lock.model_copy(update={"revision": "c" * 40, "source": "hf://org/a"})
+    spec = ImageSpec(model="org/a@main")
+    lock = lockfile.LockFile(tools={}, request=lockfile.Request.of(spec), model=locked)
+    quantized = spec.model_copy(update={"quantize": "awq"})
+    assert lockfile.drift(spec, lock, locked) is Drift.UNCHANGED
+    assert lockfile.drift(quantized, lock, locked) is Drift.CONFIGURATION_CHANGED
+    assert lockfile.pinned(quantized, lock).revision == "c" * 40  # the branch is not followed again
+    kept = lock.model_copy(update={"request": lockfile.Request.of(quantized)})
+    other = quantized.model_copy(update={"calibration": "/elsewhere/texts.jsonl", "calibration_samples": 64})
+    assert lockfile.drift(other, kept, locked) is Drift.CONFIGURATION_CHANGED
+    assert "64 x 256 tokens of texts.jsonl" in (lockfile.Request.of(other).quantization or "")
+    assert "elsewhere" not in lockfile.Request.of(other).model_dump_json()  # the same on every machine

@@ -35,7 +35,13 @@ def test_only_what_serving_needs_is_taken(tmp_path: Path) -> None:
     (folder / "consolidated.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x.json").write_text("{}")
+    (folder / "model.fp16.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    for name in ("checkpoint-500", "last-checkpoint", "global_step7", "2_Dense", "adapter"):
+        (folder / name).mkdir()
+        (folder / name / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (folder / "adapter" / "model.safetensors").rename(folder / "adapter" / "adapter_model.safetensors")
     assert [file.path for file in _resolve(folder).lock.files] == [
+        "2_Dense/model.safetensors",  # a layer of its own, of an embedding model
         "config.json",
         "model.safetensors",
         "tokenizer.json",

@@ -240,6 +240,7 @@ def test_manifest_says_recipe_quality_and_cost(snapshot: ModelSnapshot, cache: P
     assert plan.manifest["quantization"] == said
     labels = dict(plan.labels)
     assert labels["dev.coldstart.quantization.perplexity-increase"] == "0.0500"
+    assert "dev.coldstart.quantization.same-next-token" in labels
     assert labels["dev.coldstart.quantization.method"] == "awq"
     assert "groups of 64, asymmetric" in labels["dev.coldstart.quantization.recipe"]
 
