@@ -149,8 +149,9 @@ def _load() -> None:
     if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
         missing.append("vllm.v1.worker.utils.allocate_kv_cache")
     # Imported by now where the weights are quantized.
-    if device == "cpu" and shortcuts.CPU_4_BIT_KERNEL in sys.modules and Switch.BYTEWISE_REPACK.on:
-        shortcuts.repack_bytewise()
+    quantized = device == "cpu" and shortcuts.CPU_4_BIT_KERNEL in sys.modules
+    if quantized and Switch.BYTEWISE_REPACK.on and not shortcuts.repack_bytewise():
+        missing.append(f"{shortcuts.CPU_4_BIT_KERNEL}.CPUWNA16LinearKernel")
     if device == "cpu" and os.environ.get("TORCH_COMPILE_DISABLE") == "0":
         shortcuts.load_compiled_on_cpu()
         if os.environ.get(state.USED_VARIABLE) and Switch.SHORT_WARMUP.on:
