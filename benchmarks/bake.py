@@ -22,6 +22,7 @@ from benchmarks.schema import BenchResult, Run, Way
 from runtime.phases import Phase
 
 WAYS: tuple[Way, ...] = ("bake", "download", "mount")
+Has = Literal["nothing", "base", "image"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Node:
     """registry, hub: what arrives; unpack: compressed layer bytes put on disk; disk: cold reads of weights.
 
     mount: reads from a volume that holds the weights, disk's rate where None. Where neither is known,
-    nothing is said of mounting. has: what the node has already.
+    nothing is said of mounting. has: what the node has already, beside "base" all but the weights.
     """
 
     registry: float
@@ -37,7 +38,7 @@ class Node:
     unpack: float
     disk: float | None = None
     mount: float | None = None
-    has: Literal["nothing", "base", "image"] = "base"
+    has: Has = "base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +157,17 @@ def rows(
     given: Mapping[str, float],
     check: BenchResult | None = None,
     weights: Sequence[int] = (),
+    *,
+    has: Has = "base",
+    base: int = 0,
 ) -> tuple[Node, list[Row]]:
     """One row an image. The first baked image's first pull gives rates and the rest of the start, and the
     first run of an image that downloads or mounts its weights that way's rate; `given` rates replace those.
     Runs that gave nothing check it: of `check`, measured at the rates given, else of `result`.
 
-    weights: bytes of each image's weights, where the images do not say it. Raises ValueError.
+    weights: bytes of each image's weights, where the images do not say it. has, base: of the node that is
+    asked about, and the compressed bytes that it lacks if it has nothing; the runs are those of a node that
+    had the base, so they check no other. Raises ValueError.
     """
     sizes = dict(zip((image.reference for image in result.images), weights, strict=False)) or {
         image.reference: image.weight_bytes or 0 for image in result.images
@@ -177,16 +183,19 @@ def rows(
         raise ValueError("no image has its weights baked: measure one with the others")
     whole = runs[baked][0]
     node = replace(_with_own_rates(rates_of(whole, sizes[baked]), whole, own, runs, sizes), **given)  # type: ignore[arg-type]
+    measured_node, node = node, replace(node, has=has)
+    if has == "image" and node.disk is None:
+        raise ValueError("the disk's rate is not known: give --disk, or measure with --page-cache cold")
     known = ways(node)
     found = []
     for name, way in own.items():
         # Images whose weights are elsewhere pull the rest alone; what they would pull baked is the first's.
         source = runs[name][0] if way == "bake" else whole
         model = Model(
-            sizes[name], fetched_by(source), 0, rest_of(source), source.seconds_in(Phase.ENGINE_IMPORT)
+            sizes[name], fetched_by(source), base, rest_of(source), source.seconds_in(Phase.ENGINE_IMPORT)
         )
         others = check.measured(name) if check else runs[name][1:]
-        predicted = seconds(way, model, node)
+        predicted = seconds(way, model, measured_node)
         if way != "bake":  # it does pull something
             predicted += fetched_by(runs[name][0]) * (1 / node.registry + 1 / node.unpack)
         found.append(

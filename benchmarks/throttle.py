@@ -11,10 +11,12 @@ import sys
 from collections.abc import Awaitable, Callable
 
 _CHUNK = 64 << 10
+# Late by up to this, a wait is made up for, as by a token bucket: else timers and busy cores lower the rate.
+_BURST_SECONDS = 0.25
 
 
 class Bucket:
-    """Lets `rate` bytes per second pass; never lets a pause be caught up on."""
+    """Lets `rate` bytes per second pass, and what a pause of up to _BURST_SECONDS would have let pass."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
@@ -24,7 +26,7 @@ class Bucket:
         if not self._rate:
             return
         now = asyncio.get_running_loop().time()
-        self._free_at = max(self._free_at, now) + size / self._rate
+        self._free_at = max(self._free_at, now - _BURST_SECONDS) + size / self._rate
         await asyncio.sleep(self._free_at - now)
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -587,25 +587,44 @@ def bench_bake(
     hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
     disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [of a cold run].")] = None,
     mount: Annotated[float | None, typer.Option(help="MB/s of a mounted volume [the disk's].")] = None,
+    unpack: Annotated[
+        float | None, typer.Option(help="MB/s of compressed layers put on disk [measured].")
+    ] = None,
+    node_has: Annotated[
+        Literal["nothing", "base", "image"],
+        typer.Option(help="What such a node has already: base is all but the weights."),
+    ] = "base",
+    base: Annotated[
+        float | None, typer.Option(help="MB that the registry sends for all but the weights.")
+    ] = None,
 ) -> None:
     """Bake, download or mount the weights: what reaches the first token sooner on such a node."""
     from benchmarks import bake
     from benchmarks.schema import read_result
 
-    rates = {"registry": registry, "hub": hub, "disk": disk, "mount": mount}
-    for name, rate in (*rates.items(), *(("weights", size) for size in weights or ())):
+    rates = {"registry": registry, "hub": hub, "unpack": unpack, "disk": disk, "mount": mount}
+    for name, rate in (*rates.items(), ("base", base), *(("weights", size) for size in weights or ())):
         if rate is not None and rate <= 0:
             raise InputError(f"--{name} {rate:g} is not a size or a rate", fix="Give more than 0.")
+    if (node_has == "nothing") != (base is not None):
+        raise InputError(
+            "--node-has nothing and --base go together",
+            why="How long the other layers take follows from their size, and matters to no other node.",
+            fix="Give both: `docker manifest inspect` shows the sizes of an image's layers.",
+        )
     given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
     sizes = [round(size * 1e6) for size in weights or ()]
     checking = read_result(check) if check else None
     try:
-        node, rows = bake.rows(read_result(file), given, checking, sizes)
+        node, rows = bake.rows(
+            read_result(file), given, checking, sizes, has=node_has, base=round((base or 0) * 1e6)
+        )
     except ValueError as error:
         raise InputError(f"{file} does not tell whether to bake", why=f"{error}.") from None
     typer.echo(
         f"MB/s: registry {node.registry / 1e6:.0f}, unpacking {node.unpack / 1e6:.0f}, "
-        f"hub {node.hub / 1e6:.0f}, disk {_rate(node.disk)}, mount {_rate(node.mount or node.disk)}"
+        f"hub {node.hub / 1e6:.0f}, disk {_rate(node.disk)}, mount {_rate(node.mount or node.disk)}; "
+        f"the node has {_NODE_HAS[node.has]}"
     )
     if "mount" not in bake.ways(node):
         typer.echo(
@@ -614,7 +633,9 @@ def bench_bake(
     for row in rows:
         ways = ", ".join(f"{way} {took:.1f} s" for way, took in row.seconds.items())
         typer.echo(f"{row.image}: {row.best} is soonest; {ways}")
-        if row.crossing is None:
+        if node.has == "image":  # the registry sends nothing
+            pass
+        elif row.crossing is None:
             typer.echo("  downloading is sooner at any rate of the registry")
         else:
             typer.echo(
@@ -670,6 +691,9 @@ def bench_history(
             write_whole(svg, drawing.encode())
         if png:
             write_whole(png, draw_png(drawing))
+
+
+_NODE_HAS = {"nothing": "nothing", "base": "all but the weights", "image": "the whole image"}
 
 
 def _rate(rate: float | None) -> str:

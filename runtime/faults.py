@@ -48,6 +48,11 @@ _NEXT_STEPS = tuple(
             "If it was the kernel, for want of memory: raise the container's memory limit.",
         ),
         (r"does not accept", "Mend the arguments after the image's name."),
+        (
+            r"\bdied\b|Engine core initialization failed",
+            "The engine's output above has the details; where it has none, something killed the process: "
+            "look at the node's kernel log, or raise the container's memory limit.",
+        ),
     )
 )
 

@@ -223,7 +223,10 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
     assert "not checked" in shown.output
     assert "nothing is said of mounting" not in shown.output
     untold = CliRunner().invoke(app, command[:-2])
-    assert "disk not known, mount not known\nnothing is said of mounting: give --mount" in untold.output
+    assert (
+        "mount not known; the node has all but the weights\nnothing is said of mounting: give --mount"
+        in untold.output
+    )
     both = tmp_path / "three.json"
     both.write_text(three_ways().model_dump_json())
     checked = CliRunner().invoke(app, ["bench", "bake", str(both), "--check", str(both)])
@@ -231,6 +234,29 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
     assert "error of the model (download): 29.1 s predicted, 29.1 s measured, +0.0%" in checked.output
     with pytest.raises(InputError, match="more than 0|not a size"):
         CliRunner().invoke(app, [*command, "--hub", "0"], catch_exceptions=False)
+
+
+def test_a_node_that_has_more_or_less_than_the_measured_one(tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(three_ways().model_dump_json())
+    command = ["bench", "bake", str(file)]
+    nothing = CliRunner().invoke(app, [*command, "--node-has", "nothing", "--base", "3000"])
+    assert nothing.exit_code == 0, nothing.output
+    assert "the node has nothing" in nothing.output
+    assert "bake 70.0 s, download 74.0 s, mount 68.0 s" in nothing.output  # 30 to pull, 15 to unpack
+    assert "(bake): 25.0 s predicted, 25.0 s measured" in nothing.output  # by nodes that had the base
+    there = CliRunner().invoke(app, [*command, "--node-has", "image", "--disk", "400"])
+    assert "bake 15.5 s" in there.output
+    assert "of the registry on" not in there.output
+    slow = CliRunner().invoke(app, [*command, "--unpack", "100"])
+    assert "bake 29.0 s" in slow.output  # 800 MB take 8 s, not 4
+    for wrong, words in (
+        (["--base", "3000"], "go together"),
+        (["--node-has", "nothing"], "go together"),
+        (["--node-has", "image"], "does not tell"),
+    ):
+        with pytest.raises(InputError, match=words):
+            CliRunner().invoke(app, [*command, *wrong], catch_exceptions=False)
 
 
 def test_what_smaller_weights_save_is_told_for_each_way(tmp_path: Path) -> None:
