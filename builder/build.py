@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shlex
-import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import platformdirs
 
 from builder import context, lockfile, models, probe, render
 from builder.errors import InputError, ModelError
-from builder.files import require_space
+from builder.files import exclusive, finished_folder, require_space
 from builder.plan import BaseImage, BuildPlan, Device, make_plan
 from builder.report import Reporter
 from builder.spec import CPU_BASE, ImageSpec
@@ -90,14 +89,10 @@ def resolve_model(
 ) -> models.ModelSnapshot:
     """The model as named, at the commit that the lock file holds; the lock is written where there is none.
 
-    base: where given, a model that cannot be quantized for it is refused before its weights are fetched;
-    locked: raise InputError where the lock is missing, stale, or not of these files.
+    So with the dataset that it is calibrated on. base: where given, a model that cannot be quantized for it,
+    or not on this machine, is refused before its weights are fetched; locked: raise InputError where the lock
+    is missing, stale, or not of these files.
     """
-
-    def accept(config: Mapping[str, Any]) -> None:
-        assert base is not None
-        _recipe(spec, config, base, None)
-
     lock = (
         lockfile.require_locked(spec, lock_path)
         if locked
@@ -105,19 +100,54 @@ def resolve_model(
         if lock_path
         else None
     )
-    pinned = lockfile.pinned(spec, lock)
+    documents = _documents(spec, reporter, lockfile.pinned_calibration(spec, lock))
+    if locked and lock:
+        lockfile.require_same_calibration(lock, spec, documents)
+
+    def accept(config: Mapping[str, Any]) -> None:
+        assert base is not None
+        _recipe(spec, config, base, None)
+
+    def examine(snapshot: models.ModelSnapshot) -> None:
+        assert base is not None
+        _require_memory(spec, replace(snapshot, calibration=documents), base, reporter)
+
+    early = spec.quantize is not None and base is not None
     snapshot = models.resolve(
-        model_ref(pinned),
+        model_ref(lockfile.pinned(spec, lock)),
         reporter,
         models.Choice(spec.include, spec.exclude, spec.trust_remote_code),
-        accept if spec.quantize and base else None,
+        accept if early else None,
+        examine=examine if early else None,
         weights=spec.weights != "download",
     )
     if locked and lock:
         lockfile.require_same(lock, snapshot.lock)
     elif lock_path:
-        lockfile.write(lock_path, spec, snapshot.lock)
-    return snapshot
+        if lock:
+            lockfile.require_constant(lock, spec, snapshot.lock, documents, reporter)
+        lockfile.write(lock_path, spec, snapshot.lock, documents)
+    return replace(snapshot, calibration=documents)
+
+
+def _documents(spec: ImageSpec, reporter: Reporter, commit: str | None = None) -> Calibration | None:
+    from builder import calibration
+
+    if spec.quantize is None or spec.calibration is None:
+        return None
+    return calibration.load(spec.calibration, reporter, commit)
+
+
+def _require_memory(
+    spec: ImageSpec, snapshot: models.ModelSnapshot, base: BaseImage, reporter: Reporter
+) -> None:
+    """Raises as `choose_quantization` does, and HostError where quantizing would not fit into memory."""
+    from builder.quantization_cost import require_memory
+    from builder.quantize import finished_result
+
+    recipe, _ = choose_quantization(spec, snapshot, base, reporter)
+    if finished_result(snapshot, recipe, cache=cache_folder()) is None:
+        require_memory(snapshot.lock, recipe)
 
 
 def prepare_model(
@@ -154,10 +184,15 @@ def choose_quantization(
     spec: ImageSpec, snapshot: models.ModelSnapshot, base: BaseImage, reporter: Reporter
 ) -> tuple[Recipe, Calibration | None]:
     """The recipe that model, base and spec ask for. Raises ModelError or InputError."""
-    from builder import calibration
-
-    documents = calibration.load(spec.calibration, reporter) if spec.calibration else None
-    return _recipe(spec, snapshot.config, base, documents), documents
+    documents = snapshot.calibration or _documents(spec, reporter)
+    recipe = _recipe(spec, snapshot.config, base, documents)
+    if packed := snapshot.lock.quantization:
+        raise ModelError(
+            f"the model is quantized already ({packed})",
+            why="Its tensors are, although no configuration of it says so.",
+            fix="Name the checkpoint that it was made from.",
+        )
+    return recipe, documents
 
 
 def _recipe(
@@ -299,19 +334,18 @@ def _mountable(snapshot: models.ModelSnapshot, reporter: Reporter) -> Path:
     ):
         return snapshot.root.absolute()
     folder = (cache_folder() / "mount" / snapshot.lock.digest[:16]).absolute()  # else a volume's name
-    if not folder.exists():
+    if folder.exists():
+        return folder
+    with exclusive(folder.with_suffix(".lock"), f"{folder} is being made", reporter):
+        if folder.exists():
+            return folder
         reporter.step(f"Making {folder}: links or copies that a container can read")
-        part = folder.with_name(f".{folder.name}.{os.getpid()}")
-        part.mkdir(parents=True)
-        part.chmod(0o755)
-        try:
+        with finished_folder(folder) as partial:
+            partial.chmod(0o755)
             context.write_files(
                 [render.ContextFile(file.path, snapshot.root / file.path) for file in snapshot.lock.files],
-                part,
+                partial,
             )
-            part.rename(folder)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
     return folder
 
 

@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ _NOT_DATA = re.compile(r"(readme|licen[sc]e|requirements|dataset_infos?|\.|_)", 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Documents in the order of the file, or a Parquet file of rows of them (documents is empty then)."""
+    """Documents in the order of the file, or a Parquet file of rows of them (documents is empty then).
+
+    commit: of the dataset that they are from, None for a file of this machine.
+    """
 
     documents: tuple[Document, ...]
     parquet: Path | None = None
+    commit: str | None = None
 
     def canonical(self) -> bytes:
         return json.dumps(self.documents, ensure_ascii=False, separators=(",", ":")).encode()
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 (hex) of the documents, or of the Parquet file's bytes."""
         if self.parquet:
@@ -44,17 +49,22 @@ class Calibration:
         return hashlib.sha256(self.canonical()).hexdigest()
 
 
-def load(source: str, reporter: Reporter) -> Calibration:
-    """A file, or `hf://datasets/org/name[@revision][/path]`. Raises InputError or ModelError."""
+def load(source: str, reporter: Reporter, commit: str | None = None) -> Calibration:
+    """A file, or `hf://datasets/org/name[@revision][/path]`. Raises InputError or ModelError.
+
+    commit: of the dataset, in place of the revision that the source names.
+    """
     if not source.startswith(DATASET_PREFIX):
         return read(Path(source))
     from builder.hub import Repository, download_dataset_file
 
     name, revision, wanted = _parse_dataset(source)
-    path = download_dataset_file(
-        Repository("dataset", name, revision), lambda sizes: _choose(source, sizes, wanted), reporter
+    path, found = download_dataset_file(
+        Repository("dataset", name, commit or revision),
+        lambda sizes: _choose(source, sizes, wanted),
+        reporter,
     )
-    return read(path)
+    return replace(read(path), commit=found)
 
 
 def _parse_dataset(source: str) -> tuple[str, str | None, str | None]:

@@ -387,7 +387,11 @@ MaxRegression = Annotated[
 @bench_app.command("run")
 def bench(
     images: Annotated[
-        list[str] | None, typer.Argument(help="Images to start; default: the one built last.")
+        list[str] | None,
+        typer.Argument(
+            help='Images to start, each with its server\'s arguments if quoted: "IMAGE --model X" '
+            "[the one built last]."
+        ),
     ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Starts of each image, at least.")] = 3,
     until: Annotated[
@@ -585,7 +589,10 @@ def bench_bake(
     ] = None,
     registry: Annotated[float | None, typer.Option(help="MB/s from the registry [measured].")] = None,
     hub: Annotated[float | None, typer.Option(help="MB/s from the model hub [the registry's].")] = None,
-    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [of a cold run].")] = None,
+    cold: Annotated[
+        Path | None, typer.Option(help="Runs with --page-cache cold: they tell the disk's rate.")
+    ] = None,
+    disk: Annotated[float | None, typer.Option(help="MB/s of cold reads [of --cold].")] = None,
     mount: Annotated[float | None, typer.Option(help="MB/s of a mounted volume [the disk's].")] = None,
     unpack: Annotated[
         float | None, typer.Option(help="MB/s of compressed layers put on disk [measured].")
@@ -613,9 +620,13 @@ def bench_bake(
             fix="Give both: `docker manifest inspect` shows the sizes of an image's layers.",
         )
     given = {name: rate * 1e6 for name, rate in rates.items() if rate is not None}
+    if cold and disk:
+        raise InputError("--cold and --disk both tell the disk's rate", fix="Give one of them.")
     sizes = [round(size * 1e6) for size in weights or ()]
     checking = read_result(check) if check else None
     try:
+        if cold:
+            given["disk"] = bake.disk_of(read_result(cold))
         node, rows = bake.rows(
             read_result(file), given, checking, sizes, has=node_has, base=round((base or 0) * 1e6)
         )
@@ -628,7 +639,7 @@ def bench_bake(
     )
     if "mount" not in bake.ways(node):
         typer.echo(
-            "nothing is said of mounting: give --mount or --disk, or measure an image with a mount too"
+            "nothing is said of mounting: give --mount, --disk or --cold, or measure one with a mount too"
         )
     for row in rows:
         ways = ", ".join(f"{way} {took:.1f} s" for way, took in row.seconds.items())
@@ -867,7 +878,9 @@ def _plan_without_building(spec: ImageSpec, file: Path | None, reporter: Console
     base = _known_base(spec, reporter)
     snapshot = pipeline.resolve_model(spec, reporter, base=base)
     path = lockfile.beside(file)
-    drift = lockfile.drift(spec, lockfile.read(path), snapshot.lock).value if path else None
+    drift = (
+        lockfile.drift(spec, lockfile.read(path), snapshot.lock, snapshot.calibration).value if path else None
+    )
     later = done = None
     if spec.quantize:
         from builder.quantization_cost import predict, require_memory

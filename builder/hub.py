@@ -6,6 +6,7 @@ HF_TOKEN, HF_HOME, HF_ENDPOINT and HF_HUB_OFFLINE are the client's own business;
 from __future__ import annotations
 
 import hashlib
+import math
 import queue
 import re
 import threading
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from builder.errors import HostError, ModelError
 from builder.files import require_space
-from builder.models import ModelRef, Shapes
+from builder.models import Header, ModelRef, TensorHeader
 from builder.report import Reporter, Task
 
 _METADATA_SECONDS = 30.0
@@ -66,14 +67,25 @@ class Fetched:
     sizes: Mapping[str, int] = field(default_factory=dict)
 
 
+def is_offline() -> bool:
+    """Whether the client may not ask the hub."""
+    from huggingface_hub import constants as hub
+
+    return bool(hub.HF_HUB_OFFLINE)
+
+
+Choose = Callable[[Iterable[str], Callable[[str], Path]], list[str]]
+
+
 def download(
     ref: ModelRef,
-    choose: Callable[[Iterable[str]], list[str]],
+    choose: Choose,
     reporter: Reporter,
     accept: Callable[[Path], None] | None = None,
 ) -> Fetched:
     """Fetch the files that `choose` keeps, at one commit, several at a time.
 
+    choose: of all paths; what it is given besides has one file here, checked, to choose by.
     accept: sees a folder with config.json before the weights are fetched. Finished files are reused; a file
     that a kill cut starts again. Raises ModelError or HostError.
     """
@@ -83,16 +95,21 @@ def download(
     assert ref.repo is not None
     repository = Repository("model", ref.repo, ref.revision)
     if hub.HF_HUB_OFFLINE:
-        cached = _cached(repository, choose)
+        cached = _cached(repository, choose, reporter)
         if accept:
             accept(cached.root)
         return cached
     info, sizes = _metadata(repository, reporter)
+
+    def fetch(path: str) -> Path:
+        local = _call(repository, lambda: hf_hub_download(repository.name, path, revision=info.sha))
+        root = Path(local).parents[path.count("/")]
+        return _whole(Fetched(repository, root, info.sha, _digests(info)), path, reporter)
+
     if accept and "config.json" in sizes:
-        config = _call(repository, lambda: hf_hub_download(repository.name, "config.json", revision=info.sha))
-        accept(Path(config).parent)
+        accept(fetch("config.json").parent)
     # The card carries the licence; it does not go into the image.
-    wanted = choose(sizes) + [name for name in sizes if name == "README.md"]
+    wanted = choose(sizes, fetch) + [name for name in sizes if name == "README.md"]
     missing = [
         name
         for name in wanted
@@ -133,33 +150,56 @@ def download_again(fetched: Fetched, paths: Iterable[str]) -> None:
         _call(fetched.repository, fetch)
 
 
-def tensor_shapes(fetched: Fetched, paths: Sequence[str]) -> dict[str, Shapes]:
-    """What the headers of these shards say, which alone are read. Raises ModelError."""
+def shard_headers(fetched: Fetched, paths: Sequence[str]) -> dict[str, Header]:
+    """The headers of these shards, which alone are read. Raises ModelError."""
     from huggingface_hub import HfApi, errors
 
-    def shapes(path: str) -> Shapes:
+    def header(path: str) -> Header:
         try:
-            header = HfApi().parse_safetensors_file_metadata(
+            found = HfApi().parse_safetensors_file_metadata(
                 fetched.repository.name, path, revision=fetched.commit
             )
-        except errors.SafetensorsParsingError:
+            return checked_header(found.tensors, fetched.sizes[path])
+        except (errors.SafetensorsParsingError, ValueError, TypeError, AttributeError, RecursionError):
             raise ModelError(
                 f"the shard {path} of {fetched.repository} is corrupt", fix="Use another revision."
             ) from None
-        return {name: tuple(tensor.shape) for name, tensor in header.tensors.items()}
 
-    def all_shapes() -> dict[str, Shapes]:
+    def all_headers() -> dict[str, Header]:
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            return dict(zip(paths, pool.map(shapes, paths), strict=True))
+            return dict(zip(paths, pool.map(header, paths), strict=True))
 
-    found: dict[str, Shapes] = _call(fetched.repository, all_shapes)
+    found: dict[str, Header] = _call(fetched.repository, all_headers)
     return found
+
+
+def checked_header(tensors: Mapping[str, Any], size: int) -> Header:
+    """What the client read of a header, whose types it does not check. Raises ValueError or TypeError.
+
+    size: of the whole shard, in bytes.
+    """
+    header = {}
+    for name, tensor in tensors.items():
+        begin, end = tensor.data_offsets
+        if not isinstance(tensor.dtype, str) or not isinstance(tensor.shape, list):
+            raise TypeError(name)
+        if any(type(number) is not int for number in (begin, end, *tensor.shape)):
+            raise TypeError(name)
+        # The narrowest types have two numbers a byte.
+        fits = 0 <= begin <= end < size and math.prod(tensor.shape) <= 2 * (end - begin)
+        if not fits or any(length < 0 for length in tensor.shape):
+            raise ValueError(name)
+        header[name] = TensorHeader(tensor.dtype, tuple(tensor.shape))
+    return header
 
 
 def download_dataset_file(
     repository: Repository, choose: Callable[[Mapping[str, int]], str], reporter: Reporter
-) -> Path:
-    """The one file of a dataset that `choose` names (of path -> size), checked. Raises as `download` does."""
+) -> tuple[Path, str]:
+    """The one file of a dataset that `choose` names (of path -> size), checked, and the commit.
+
+    Raises as `download` does.
+    """
     from huggingface_hub import constants as hub
     from huggingface_hub import hf_hub_download, snapshot_download
 
@@ -177,8 +217,8 @@ def download_dataset_file(
         )
         here = {p.relative_to(root).as_posix(): p.stat().st_size for p in root.rglob("*") if p.is_file()}
         path = choose(here)
-        _require_whole(Fetched(repository, root, root.name, _digests_of_links(root, [path]), True), path)
-        return root / path
+        cached = Fetched(repository, root, root.name, _digests_of_links(root, [path]), offline=True)
+        return _whole(cached, path, reporter), cached.commit
     info, sizes = _metadata(repository, reporter)
     path = choose(sizes)
     remove_orphans(Path(hub.HF_HUB_CACHE), repository.cache_name)
@@ -199,11 +239,7 @@ def download_dataset_file(
     root = local.parents[path.count("/")]
     _require_commit(repository, root.name, info.sha)
     fetched = Fetched(repository, root, str(info.sha), _digests(info))
-    if not _holds(local, fetched.digests.get(path)):
-        reporter.note(f"{path} is not what the hub has; fetching it again")
-        download_again(fetched, [path])
-        _require_whole(fetched, path)
-    return local
+    return _whole(fetched, path, reporter), fetched.commit
 
 
 def damaged(fetched: Fetched, path: str) -> ModelError:
@@ -221,9 +257,17 @@ def damaged(fetched: Fetched, path: str) -> ModelError:
     )
 
 
-def _require_whole(fetched: Fetched, path: str) -> None:
-    if not _holds(fetched.root / path, fetched.digests.get(path)):
-        raise damaged(fetched, path)
+def _whole(fetched: Fetched, path: str, reporter: Reporter) -> Path:
+    """A file of a snapshot with the bytes that the hub has, fetched once more where it had others."""
+    local, digest = fetched.root / path, fetched.digests.get(path)
+    if _holds(local, digest):
+        return local
+    if not fetched.offline:
+        reporter.note(f"{path} is not what the hub has; fetching it again")
+        download_again(fetched, [path])
+        if _holds(local, digest):
+            return local
+    raise damaged(fetched, path)
 
 
 def _holds(path: Path, digest: str | None) -> bool:
@@ -262,7 +306,17 @@ def _metadata(repository: Repository, reporter: Reporter) -> tuple[Any, dict[str
             timeout=_METADATA_SECONDS,
         ),
     )
-    return info, {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or []}
+    digests = [sibling.lfs.sha256 for sibling in info.siblings or [] if sibling.lfs is not None]
+    # What becomes a path, a sum or a lock; the client checks none of it.
+    usable = (
+        (isinstance(info.sha, str) and re.fullmatch(r"\w[\w.-]*", info.sha))
+        and all(isinstance(path, str) and type(size) is int and size >= 0 for path, size in sizes.items())
+        and all(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
+    )
+    if not usable:
+        raise _unlike_a_hub(repository, "It has no commit, or sizes or digests that are none.")
+    return info, sizes
 
 
 def _require_commit(repository: Repository, found: str, wanted: str | None) -> None:
@@ -295,7 +349,7 @@ def _digests_of_links(root: Path, paths: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def _cached(repository: Repository, choose: Callable[[Iterable[str]], list[str]]) -> Fetched:
+def _cached(repository: Repository, choose: Choose, reporter: Reporter) -> Fetched:
     """The snapshot in the local cache, which must have every wanted file that was there at its commit."""
     from huggingface_hub import get_cached_repo_tree, try_to_load_from_cache
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
@@ -308,15 +362,26 @@ def _cached(repository: Repository, choose: Callable[[Iterable[str]], list[str]]
         paths = [file.path for file in get_cached_repo_tree(repository.name, revision=root.name)]
     except CachedRepoTreeNotFoundError:  # of an older client: what is there is taken for all
         paths = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-    wanted = choose(paths)
-    missing = [path for path in wanted if not (root / path).is_file()]
-    if missing:
-        raise ModelError(
-            f"{missing[0]} of {repository} is not in the local hub cache",
-            why="HF_HUB_OFFLINE forbids to fetch it.",
-            fix="Unset HF_HUB_OFFLINE and run again.",
-        )
-    return Fetched(repository, root, root.name, _digests_of_links(root, [*wanted, "README.md"]), offline=True)
+
+    def require(path: str) -> None:
+        if not (root / path).is_file():
+            raise ModelError(
+                f"{path} of {repository} is not in the local hub cache",
+                why="HF_HUB_OFFLINE forbids to fetch it.",
+                fix="Unset HF_HUB_OFFLINE and run again.",
+            )
+
+    def with_digests_of(*paths: str) -> Fetched:
+        return Fetched(repository, root, root.name, _digests_of_links(root, paths), offline=True)
+
+    def fetch(path: str) -> Path:
+        require(path)
+        return _whole(with_digests_of(path), path, reporter)
+
+    wanted = choose(paths, fetch)
+    for path in wanted:
+        require(path)
+    return with_digests_of(*wanted, "README.md")
 
 
 def remove_orphans(cache: Path, repository: str) -> None:
@@ -371,6 +436,8 @@ def _interruptible(function: Callable[[], Any]) -> Any:
             outcome.put((True, function()))
         except Exception as error:
             outcome.put((False, error))
+        except BaseException as error:  # a panic of hf_xet's Rust; without an outcome all would wait for ever
+            outcome.put((False, RuntimeError(f"{type(error).__name__}: {error}")))
 
     threading.Thread(target=run, daemon=True).start()
     ok, value = outcome.get()
@@ -412,11 +479,23 @@ def _call(repository: Repository, function: Callable[[], Any]) -> Any:
                 why=f"{error}.",
                 fix="Check the disk, or set HF_HOME to a folder that you may write to.",
             ) from None
+        raise _unlike_a_hub(repository, f"{type(error).__name__}: {error}.") from None
+    except RecursionError:
+        raise _unlike_a_hub(repository, "It is nested too deeply.") from None
+    except RuntimeError as error:  # all that hf_xet knows to say
         raise ModelError(
-            f"the answer about {repository.at} is not like a hub's",
-            why=f"{type(error).__name__}: {error}.",
-            fix="Check HF_ENDPOINT and any proxy in between.",
+            f"cannot get {repository.at}",
+            why=f"{error}.",
+            fix="Run again; HF_HUB_DISABLE_XET=1 does without the client's chunk transfer.",
         ) from None
+
+
+def _unlike_a_hub(repository: Repository, why: str) -> ModelError:
+    return ModelError(
+        f"the answer about {repository.at} is not like a hub's",
+        why=why,
+        fix="Check HF_ENDPOINT and any proxy in between.",
+    )
 
 
 def _unreachable(repository: Repository) -> ModelError:

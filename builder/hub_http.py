@@ -1,4 +1,4 @@
-"""The HTTP client that huggingface_hub is given: one rule of retrying for every request.
+"""The HTTP client that huggingface_hub is given: one rule of retrying for every request and every download.
 
 The library's own rules differ by request (none for metadata, 408 and 429 only for bodies), wait as long as a
 Retry-After says, and take a reset connection for the end. Cut bodies it continues by itself.
@@ -39,8 +39,10 @@ class RetryingClient(httpx2.Client):
         self._note = note
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        if not _OF_A_REPOSITORY.search(request.url.path):  # the library asks for other things on the side
-            return super().send(request, **options)
+        # The hub sends downloads on to other hosts, whose paths say nothing: what is streamed is a download.
+        download = request.method == "GET" and options.get("stream")
+        if not download and not _OF_A_REPOSITORY.search(request.url.path):
+            return super().send(request, **options)  # the library asks for other things on the side
         waited, wait = 0.0, _FIRST_WAIT
         for tries in count(1):
             asked = None
@@ -103,6 +105,6 @@ def _asked_wait(headers: Mapping[str, str]) -> float | None:
         return float(value)
     try:
         at = parsedate_to_datetime(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max(0.0, (at.replace(tzinfo=at.tzinfo or UTC) - datetime.now(UTC)).total_seconds())

@@ -7,12 +7,17 @@ import os
 from enum import StrEnum
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from builder.errors import InputError
 from builder.models import ModelLock
+from builder.report import Reporter
 from builder.spec import ImageSpec
+
+if TYPE_CHECKING:
+    from builder.calibration import Calibration
 
 NAME = "coldstart.lock"
 SCHEMA = 2
@@ -62,8 +67,30 @@ class Request(BaseModel):
         return self.model_copy(update={"quantization": other.quantization}) == other
 
 
+class LockedCalibration(BaseModel):
+    """The text that is calibrated on. source: as asked for, of a file its name.
+
+    revision: the dataset's commit, None for a file; sha256 (hex): of the documents, or of a Parquet file.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: str
+    revision: str | None
+    sha256: str
+
+    @classmethod
+    def of(cls, spec: ImageSpec, calibration: Calibration | None) -> LockedCalibration | None:
+        if calibration is None:
+            return None
+        return cls(source=_source(spec), revision=calibration.commit, sha256=calibration.digest)
+
+
 class LockFile(BaseModel):
-    """Canonical: writing the same content twice gives the same bytes. tools: releases that wrote it."""
+    """Canonical: writing the same content twice gives the same bytes.
+
+    tools: releases that wrote it; calibration: None where the model's own answers serve.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,6 +98,7 @@ class LockFile(BaseModel):
     tools: dict[str, str]
     request: Request
     model: ModelLock
+    calibration: LockedCalibration | None = None
 
     def to_bytes(self) -> bytes:
         return json.dumps(self.model_dump(mode="json"), indent=1, sort_keys=True).encode() + b"\n"
@@ -113,9 +141,14 @@ def tools(spec: ImageSpec) -> dict[str, str]:
     return found
 
 
-def write(path: Path, spec: ImageSpec, model: ModelLock) -> None:
+def write(path: Path, spec: ImageSpec, model: ModelLock, calibration: Calibration | None = None) -> None:
     """Atomically, and only when the content differs, so that the file's time says when it changed."""
-    content = LockFile(tools=tools(spec), request=Request.of(spec), model=model).to_bytes()
+    content = LockFile(
+        tools=tools(spec),
+        request=Request.of(spec),
+        model=model,
+        calibration=LockedCalibration.of(spec, calibration),
+    ).to_bytes()
     if path.exists() and path.read_bytes() == content:
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -147,13 +180,18 @@ def require_locked(spec: ImageSpec, path: Path | None) -> LockFile:
     return lock
 
 
+def pinned_calibration(spec: ImageSpec, lock: LockFile | None) -> str | None:
+    """The commit of the dataset that the spec calibrates on, where it was followed for the lock."""
+    if lock is None or lock.calibration is None or lock.calibration.source != _source(spec):
+        return None
+    return lock.calibration.revision
+
+
 def require_same(lock: LockFile, found: ModelLock) -> None:
     """For `--locked`. Raises InputError naming the first file that is not what was locked."""
     if lock.model == found:
         return
-    locked = {file.path: file for file in lock.model.files}
-    here = {file.path: file for file in found.files}
-    names = sorted(set(locked) ^ set(here)) or [p for p in sorted(locked) if locked[p] != here[p]]
+    names = _changed_files(lock.model, found)
     what = f"{names[0]} is not what was locked" if names else "what config.json says was locked differently"
     raise InputError(
         f"the model differs from its lock: {what}",
@@ -161,13 +199,65 @@ def require_same(lock: LockFile, found: ModelLock) -> None:
     )
 
 
-def drift(spec: ImageSpec, lock: LockFile | None, found: ModelLock) -> Drift:
-    """found: the model as it is now at the branch, tag or folder that the spec names."""
+def require_same_calibration(lock: LockFile, spec: ImageSpec, calibration: Calibration | None) -> None:
+    """For `--locked`. Raises InputError where the text, or the dataset's commit, is not what was locked."""
+    if lock.calibration == LockedCalibration.of(spec, calibration):
+        return
+    raise InputError(
+        "the calibration text differs from its lock",
+        why="" if lock.calibration else "The lock is of a release that did not keep its digest.",
+        fix="Restore the text, or build without --locked to lock anew.",
+    )
+
+
+def require_constant(
+    lock: LockFile, spec: ImageSpec, found: ModelLock, calibration: Calibration | None, reporter: Reporter
+) -> None:
+    """For a build that locks anew. Raises InputError where a commit has other bytes than when it was locked.
+
+    What may change, such as the files of a folder, is noted.
+    """
+    if lock.request != Request.of(spec):
+        return
+    now = {file.path: file for file in found.files}
+    other = [file.path for file in lock.model.files if now.get(file.path, file) != file]
+    if other and found.revision and found.revision == lock.model.revision:
+        raise _inconstant(f"{other[0]} of {lock.request.model}", found.revision)
+    before, text = lock.calibration, LockedCalibration.of(spec, calibration)
+    if before and text and before != text and before.revision and before.revision == text.revision:
+        raise _inconstant(f"the calibration text of {text.source}", before.revision)
+    changed = _changed_files(lock.model, found)
+    if changed:
+        reporter.note(f"{changed[0]} is not what was locked; locking anew")
+    if before and before != text:
+        reporter.note("the calibration text is not what was locked; locking anew")
+
+
+def _inconstant(what: str, commit: str) -> InputError:
+    return InputError(
+        f"{what} is not what was locked",
+        why=f"It was locked at the same commit ({commit[:12]}), whose bytes never change.",
+        fix=f"Find out whether the hub or {NAME} was tampered with; delete that to trust the hub.",
+    )
+
+
+def _changed_files(locked: ModelLock, found: ModelLock) -> list[str]:
+    """Those that only one of them has; where there are none, those of other bytes."""
+    before = {file.path: file for file in locked.files}
+    now = {file.path: file for file in found.files}
+    return sorted(set(before) ^ set(now)) or [path for path in sorted(before) if before[path] != now[path]]
+
+
+def drift(
+    spec: ImageSpec, lock: LockFile | None, found: ModelLock, calibration: Calibration | None = None
+) -> Drift:
+    """found: the model as it is now at the branch, tag or folder that the spec names; calibration: so too."""
     if lock is None:
         return Drift.NEW
     if lock.request != Request.of(spec):
         return Drift.CONFIGURATION_CHANGED
-    return Drift.UNCHANGED if lock.model == found else Drift.UPSTREAM_CHANGED
+    same_text = calibration is None or lock.calibration == LockedCalibration.of(spec, calibration)
+    return Drift.UNCHANGED if lock.model == found and same_text else Drift.UPSTREAM_CHANGED
 
 
 def _name(request: Request) -> str:
@@ -179,7 +269,11 @@ def _quantization(spec: ImageSpec) -> str | None:
     """On one line, the same on every machine: of a calibration file its name."""
     if spec.quantize is None:
         return None
+    return (
+        f"{spec.quantize}, {spec.calibration_samples} x {spec.calibration_tokens} tokens of {_source(spec)}"
+    )
+
+
+def _source(spec: ImageSpec) -> str:
     source = spec.calibration or "the model's own answers"
-    if not source.startswith("hf://"):
-        source = Path(source).name
-    return f"{spec.quantize}, {spec.calibration_samples} x {spec.calibration_tokens} tokens of {source}"
+    return source if source.startswith("hf://") else Path(source).name

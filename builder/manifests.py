@@ -502,14 +502,19 @@ def _kserve(server: Server) -> list[Document]:
 
 
 def _leader_worker_set(server: Server) -> list[Document]:
-    """Ray's own commands: the head beside the server, a node in each worker. vLLM waits for its GPUs."""
+    """Ray's own commands: the head beside the server, a node in each worker. vLLM waits for its GPUs.
+
+    A shell that is process 1 gets no signal that it has no trap for, and runs a trap only between commands:
+    the leader's waits for a Ray that starts in the background.
+    """
+    stop = "trap 'exit 0' TERM"
     head = f'"$LWS_LEADER_ADDRESS:{_RAY_PORT}"'
     join = (
-        f"trap exit TERM; until ray health-check --address {head}; do sleep 1; done; "
+        f"{stop}; until ray health-check --address {head}; do sleep 1; done; "
         f"exec ray start --address {head} --block"
     )
     lead = (
-        f"ray start --head --port {_RAY_PORT} --include-dashboard=false && "
+        f"{stop}; ray start --head --port {_RAY_PORT} --include-dashboard=false & wait $! && "
         f"exec python3 -m runtime {' '.join(server.arguments)}"
     )
     leader = _container(server, "leader", ["sh", "-c", lead])

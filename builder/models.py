@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict
 
 from builder.errors import ModelError
 from builder.report import Reporter
+
+if TYPE_CHECKING:
+    from builder.calibration import Calibration
 
 # What serving needs. Everything else in a repository (other formats, training state) stays out.
 _WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -29,8 +32,13 @@ _UNWANTED_FOLDERS = frozenset({"original", "onnx", "openvino", "coreml", "gguf",
 _CHECKPOINT_FOLDERS = ("checkpoint-*", "last-checkpoint", "global_step*")
 # Not "model.fp16.safetensors", the same in another type, nor "consolidated.safetensors", the same again.
 _SHARD = re.compile(r"model([-_].*)?\.safetensors")
+_SAME_IN_ANOTHER_TYPE = re.compile(r"model[-_](bf16|fp?16|fp?32|fp8|int[48]|[48]bit)([-_].*)?\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHARD_INDEX = "model.safetensors.index.json"
+# Besides config.json vLLM reads these: of AutoGPTQ and AutoAWQ before they wrote there, and of ModelOpt.
+_QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_MISTRAL_CONFIG = "params.json"
+_PACKED = (".qweight", ".weight_packed")
 _CARD = "README.md"
 _YAML_NULL = "tag:yaml.org,2002:null"
 _HASH_CHUNK = 1 << 20
@@ -38,13 +46,23 @@ _HASH_CHUNK = 1 << 20
 _MAX_JSON_BYTES = 64 << 20
 _MAX_CARD_BYTES = 1 << 20
 
-Shapes = Mapping[str, tuple[int, ...]]  # of the tensors of one shard, by name
 # The hub's rules: at most 96 characters a part, no "--" or "..", not ending in .git.
 HUB_NAME = re.compile(
     r"(?!.*(?:--|\.\.))(?!.*\.git$)[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,94}[A-Za-z0-9_]|"
     r"(?!.*(?:--|\.\.))[A-Za-z0-9_][\w.-]{0,95}/[A-Za-z0-9_]",
     re.ASCII,
 )
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What the header of a shard says of a tensor. dtype: safetensors' name of it, such as "BF16"."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+Header = Mapping[str, TensorHeader]  # of one shard, by the tensor's name
 
 
 class LockedFile(BaseModel):
@@ -96,14 +114,16 @@ class ModelLock(BaseModel):
 
 @dataclass(frozen=True)
 class ModelSnapshot:
-    """A lock and the folder whose files it describes."""
+    """A lock and the folder whose files it describes. calibration: the text for quantizing it, if any."""
 
     lock: ModelLock
     root: Path
+    calibration: Calibration | None = None
 
     @property
     def config(self) -> dict[str, Any]:
-        return _read_config(self.root)
+        taken = {file.path for file in self.lock.files}
+        return _read_config(self.root, taken.__contains__)
 
 
 @dataclass(frozen=True)
@@ -164,17 +184,23 @@ def resolve(
     choice: Choice = ALL,
     accept: Callable[[Mapping[str, Any]], None] | None = None,
     *,
+    examine: Callable[[ModelSnapshot], None] | None = None,
     weights: bool = True,
 ) -> ModelSnapshot:
     """Pin the model and have its files here, checked. Raises ModelError.
 
     accept: sees the configuration before any weight is fetched or read, and may raise.
+    examine: sees a hub model's lock before its weights are fetched, where it can be had from headers.
     weights: False leaves a hub model's shards there, where it can: the hub's digests and their headers do.
     """
     if ref.folder is None:
+        from builder import hub
+
+        if examine and not hub.is_offline():
+            examine(_resolve_hub(ref, reporter, choice, accept, weights=False))
         return _resolve_hub(ref, reporter, choice, accept, weights)
     if accept:
-        accept(_read_config(ref.folder))
+        accept(_read_config(ref.folder, choice.keeps))
     name = ref.folder.name
     return _snapshot(ref.folder, name=name, source="folder", revision=None, reporter=reporter, choice=choice)
 
@@ -191,24 +217,25 @@ def _resolve_hub(
 
     left: list[str] = []
 
-    def choose(paths: Iterable[str]) -> list[str]:
+    def choose(paths: Iterable[str], fetch: Callable[[str], Path]) -> list[str]:
         there = list(paths)
         wanted = _wanted_paths(there, choice)
         _require_safetensors(str(ref.repo), wanted, there)
+        wanted = _without_doubles(wanted, choice, fetch)
         left[:] = [path for path in wanted if path.endswith(".safetensors") and not weights]
         return [path for path in wanted if path not in left]
 
     fetched = hub.download(
-        ref, choose, reporter, (lambda folder: accept(_read_config(folder))) if accept else None
+        ref, choose, reporter, (lambda folder: accept(_read_config(folder, choice.keeps))) if accept else None
     )
     if not all(fetched.digests.get(path, "").startswith("sha256:") for path in left):
         # Kept in git: no sha256 to be had.
         return _resolve_hub(ref, reporter, choice, accept, weights=True)
-    shapes = hub.tensor_shapes(fetched, left) if left else {}
+    headers = hub.shard_headers(fetched, left) if left else {}
     remote = {
         LockedFile(
             path=path, size=fetched.sizes[path], sha256=fetched.digests[path].removeprefix("sha256:")
-        ): shapes[path]
+        ): headers[path]
         for path in left
     }
 
@@ -269,14 +296,15 @@ def _snapshot(
     reporter: Reporter,
     choice: Choice = ALL,
     expected: Mapping[str, str] | None = None,
-    remote: Mapping[LockedFile, Shapes] = MappingProxyType({}),
+    remote: Mapping[LockedFile, Header] = MappingProxyType({}),
 ) -> ModelSnapshot:
     """remote: the shards that are not in `root`, with what is in them; either none or all."""
     paths = _wanted_paths(_relative_files(root), choice)
+    paths = _without_doubles(paths, choice, lambda path: _inside(root, path))
     if remote:
         paths = [path for path in paths if not path.endswith(".safetensors")]
     for path in (*paths, "config.json", _CARD):
-        _require_inside(root, path)
+        _inside(root, path)
     files = []
     if expected:  # first of all, or a byte that the way here flipped would pass for the model's own fault
         card = [_CARD] if (root / _CARD).is_file() else []  # it says the licence
@@ -285,14 +313,14 @@ def _snapshot(
         if damaged:
             raise _DamagedError(damaged)
         files = files[: len(paths)]
-    config = _read_config(root)
+    config = _read_config(root, paths.__contains__)
     if not remote:
         _require_safetensors(name, paths, list(_relative_files(root)))
-    tensors = {path: _tensor_shapes(root / path) for path in paths if path.endswith(".safetensors")}
-    tensors |= {file.path: shapes for file, shapes in remote.items()}
-    _check_index(root, paths, tensors)
+    headers = {path: _header(root / path) for path in paths if path.endswith(".safetensors")}
+    headers |= {file.path: header for file, header in remote.items()}
+    _check_index(root, paths, headers)
     files = files or _hash_files(root, paths, reporter)
-    quantization = describe_quantization(config)
+    quantization = describe_quantization(config) or _packing(headers.values())
     if config.get("auto_map") and not choice.remote_code:
         reporter.note("config.json names code of the repository; without --trust-remote-code it stays out")
     dtype = config.get("dtype") or config.get("torch_dtype")
@@ -304,7 +332,7 @@ def _snapshot(
         license=_licence(root),
         architectures=tuple(map(_plain, architectures)) if isinstance(architectures, list) else (),
         dtype=_plain(dtype) if dtype else None,
-        parameters=None if quantization else sum(_count(shapes) for shapes in tensors.values()),
+        parameters=None if quantization else sum(map(_count, headers.values())),
         quantization=quantization,
         remote_code=choice.remote_code,
         files=tuple(sorted([*files, *remote], key=lambda file: file.path)),
@@ -338,7 +366,11 @@ def _as_expected(root: Path, file: LockedFile, digest: str | None) -> bool:
     return blob.hexdigest() == value
 
 
-def _read_config(root: Path) -> dict[str, Any]:
+def _read_config(root: Path, taken: Callable[[str], bool]) -> dict[str, Any]:
+    """config.json, with what other files say of quantization where it says nothing.
+
+    taken: whether a file of the root is one of the model's; what stays out is not vLLM's to read either.
+    """
     path = root / "config.json"
     if not path.is_file():
         raise ModelError(
@@ -349,11 +381,13 @@ def _read_config(root: Path) -> dict[str, Any]:
     config = _read_json(path)
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object", fix="Get the file again.")
-    own = root / "params.json"
-    if own.is_file():  # Mistral's own format says it here alone
-        said = _read_json(own)
-        if isinstance(said, dict) and said.get("quantization"):
-            config.setdefault("quantization", said["quantization"])
+    for name in (_MISTRAL_CONFIG, *_QUANTIZATION_FILES):
+        if quantization_of(config) or not taken(name) or not (root / name).is_file():
+            continue
+        said = _read_json(root / name)
+        if name == _MISTRAL_CONFIG:  # its own format says it here alone
+            said = said.get("quantization") if isinstance(said, dict) else None
+        config["quantization"] = said
     return config
 
 
@@ -367,8 +401,8 @@ def _read_json(path: Path) -> Any:
         raise ModelError(f"cannot read {path}", why=f"{error}.", fix="Get the file again.") from None
 
 
-def _require_inside(root: Path, path: str) -> None:
-    """A link may not lead out of the model folder; only the hub's cache has its files beside it."""
+def _inside(root: Path, path: str) -> Path:
+    """root / path. A link may not lead out of the folder; only the hub's cache has its files beside it."""
     real, root = Path(os.path.realpath(root / path)), root.resolve()  # resolve() raises for a loop of links
     inside, repository = [root], root.parents[min(1, len(root.parents) - 1)]
     if root.parent.name == "snapshots" and repository.name.startswith("models--"):
@@ -380,6 +414,7 @@ def _require_inside(root: Path, path: str) -> None:
             why="A foreign model could bring files of this machine into the image.",
             fix="Put the file itself in its place.",
         )
+    return root / path
 
 
 def _relative_files(root: Path) -> Iterator[str]:
@@ -404,11 +439,33 @@ def _wanted_paths(paths: Iterable[str], choice: Choice) -> list[str]:
             raise ModelError(f"the model has a file with an unusable name: {path!r}", fix="Rename it.")
         if choice.keeps(path):
             wanted.append(path)
-    if SHARD_INDEX in wanted or "model.safetensors" in wanted:
-        wanted = [
-            path for path in wanted if not path.endswith(".safetensors") or _SHARD.fullmatch(Path(path).name)
-        ]
     return sorted(wanted)
+
+
+def _without_doubles(wanted: list[str], choice: Choice, fetch: Callable[[str], Path]) -> list[str]:
+    """Without shards that the engine loads twice or not at all; an --include with their very name keeps them.
+
+    fetch: has a file of the model here. Where there is an index, the engine loads what it names.
+    """
+    named: set[str] = set()
+    if SHARD_INDEX in wanted:
+        index = _read_json(fetch(SHARD_INDEX))
+        weight_map = index.get("weight_map") if isinstance(index, dict) else None
+        if isinstance(weight_map, dict):
+            # One that names nothing that is here is damaged, which is told later.
+            named = set(map(str, weight_map.values())) & set(wanted)
+    elif "model.safetensors" not in wanted:
+        return wanted
+
+    def serves(path: str) -> bool:
+        if not path.endswith(".safetensors") or path in named or path in choice.include:
+            return True
+        if named and "/" not in path:
+            return False
+        name = path.rsplit("/", 1)[-1]
+        return bool(_SHARD.fullmatch(name)) and not _SAME_IN_ANOTHER_TYPE.fullmatch(name)
+
+    return [path for path in wanted if serves(path)]
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -435,12 +492,23 @@ def _require_safetensors(name: str, wanted: Sequence[str], there: Sequence[str])
     )
 
 
-def _count(shapes: Shapes) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
+def _count(header: Header) -> int:
+    return sum(math.prod(tensor.shape) for tensor in header.values())
 
 
-def _check_index(root: Path, paths: Sequence[str], tensors: Mapping[str, Shapes]) -> None:
-    """The index, where there is one, names tensors that are really there. tensors: of every shard."""
+def _packing(headers: Iterable[Header]) -> str | None:
+    """How tensors are quantized that no configuration says it of, or None."""
+    for header in headers:
+        for name, tensor in header.items():
+            if tensor.dtype.startswith("F8"):
+                return "fp8"
+            if name.endswith(_PACKED):
+                return "packed"
+    return None
+
+
+def _check_index(root: Path, paths: Sequence[str], headers: Mapping[str, Header]) -> None:
+    """The index, where there is one, names tensors that are really there. headers: of every shard."""
     if SHARD_INDEX not in paths:
         return
     index = _read_json(root / SHARD_INDEX)
@@ -449,13 +517,13 @@ def _check_index(root: Path, paths: Sequence[str], tensors: Mapping[str, Shapes]
         raise ModelError(f"{SHARD_INDEX} is damaged", why="It has no weight_map.", fix="Get it again.")
     wanted = {name: str(shard) for name, shard in weight_map.items()}
     for name, shard in sorted(wanted.items()):
-        if shard not in tensors:
+        if shard not in headers:
             raise ModelError(
                 f"the shard {ascii(shard[:200])[1:-1]} is missing",
                 why=f"{SHARD_INDEX} names it.",
                 fix="Get the whole model.",
             )
-        if name not in tensors[shard]:
+        if name not in headers[shard]:
             raise ModelError(
                 f"{shard} has no tensor {name[:200]!r}",
                 why=f"{SHARD_INDEX} says so.",
@@ -463,13 +531,17 @@ def _check_index(root: Path, paths: Sequence[str], tensors: Mapping[str, Shapes]
             )
 
 
-def _tensor_shapes(path: Path) -> Shapes:
+def _header(path: Path) -> Header:
     """Raises ModelError where the header does not parse or does not fit its file."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="np") as shard:
-            return {name: tuple(shard.get_slice(name).get_shape()) for name in shard.keys()}  # noqa: SIM118
+            slices = {name: shard.get_slice(name) for name in shard.keys()}  # noqa: SIM118
+            return {
+                name: TensorHeader(str(tensor.get_dtype()), tuple(tensor.get_shape()))
+                for name, tensor in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"the shard {path.name} is truncated or corrupt", why=f"{error}.", fix="Get this file again."
@@ -483,13 +555,17 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     found = (
         config.get("quantization_config")
         or config.get("compression_config")  # compressed-tensors' older name
-        or config.get("quantization")  # Mistral's own, from params.json
+        or config.get("quantization")  # Mistral's own, or of another file
         or nested
     )
     if not found:
         return None
     if not isinstance(found, Mapping):
         return {"quant_method": "unknown"}
+    inner = found.get("quantization")
+    if isinstance(inner, Mapping) and "quant_method" not in found:
+        # hf_quant_config.json: {"producer": …, "quantization": {"quant_algo": …}}
+        return {"quant_method": "modelopt", **inner}
     guessed = "unknown"
     if any(str(key).startswith(("load_in_", "bnb_")) for key in found):
         guessed = "bitsandbytes"
@@ -497,6 +573,8 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
         guessed = "fp8"
     elif "w_bit" in found:  # AutoAWQ's first releases
         guessed = "awq"
+    elif "desc_act" in found:  # AutoGPTQ's
+        guessed = "gptq"
     return {"quant_method": guessed, **found}
 
 
@@ -520,6 +598,8 @@ def describe_quantization(config: Mapping[str, Any]) -> str | None:
         words.append(f"int{bits}" + (f" g{group_size}" if group_size else ""))
     elif quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         words.append("4bit" if quantization.get("load_in_4bit") else "8bit")
+    elif algorithm := quantization.get("quant_algo"):
+        words.append(str(algorithm))
     return _plain(" ".join(words))
 
 

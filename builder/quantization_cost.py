@@ -37,8 +37,8 @@ class Cost:
     seconds_per_parameter_token: float
 
 
-# Printed by `python -m benchmarks.quantization OUT.json --cost`; benchmarks/results/ holds the runs: random
-# Llamas of 53M and 172M parameters. The machine was shared, so the seconds are an upper estimate.
+# Printed by `python -m benchmarks.quantization OUT.json --cost` for random Llamas of 53M and 172M parameters.
+# The runs are the newest benchmarks/results/quantization-cost-*.json; a test compares them with this.
 COSTS: Mapping[str, Cost] = {
     "awq": Cost(5.98e8, 5.75, 0.0, 2.57e-10),
     "rtn": Cost(4.46e8, 4.94, 6.04, 3.22e-11),

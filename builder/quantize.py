@@ -45,6 +45,9 @@ QUANTIZER_REQUIREMENTS = (
 
 GIB = 1024**3
 ENVIRONMENT_BYTES = 3 * GIB  # 1.5 with the CPU build of torch
+# Several layers of an image are pulled at once, and a shard is the smallest piece that can be one. A smaller
+# --max-shard-size is applied afterwards, so that results are shared whatever it is.
+SHARD_BYTES = GIB
 SLACK_BYTES = GIB // 2
 LOG_TAIL_LINES = 40
 # Written last into an environment: a folder without it is what a killed build left.
@@ -163,12 +166,13 @@ class Quantized:
 
 
 def result_digest(lock: ModelLock, recipe: Recipe) -> str:
-    """sha256 (hex) of what a result is made from: lock, recipe, the quantizer's releases, its job."""
+    """sha256 (hex) of what a result is made from: lock, recipe, the quantizer's releases, its job, shards."""
     made_from = {
         "lock": lock.digest,
         "recipe": asdict(recipe),
         "modifiers": recipe.modifiers(),
         "requirements": QUANTIZER_REQUIREMENTS,
+        "max_shard_bytes": SHARD_BYTES,
         "job": hashlib.sha256(_JOB.read_bytes()).hexdigest(),
     }
     return hashlib.sha256(_canonical(made_from)).hexdigest()
@@ -265,6 +269,7 @@ def _run_job(
         "recipe": asdict(recipe),
         "modifiers": recipe.modifiers(),
         "vision": _vision(snapshot),
+        "max_shard_bytes": SHARD_BYTES,
         "held_out_blocks": HELD_OUT_BLOCKS,
         "calibration": calibration.documents if calibration else None,
         "calibration_parquet": str(calibration.parquet) if calibration and calibration.parquet else None,
@@ -347,7 +352,7 @@ def _add_vision(snapshot: ModelSnapshot, result: Path, work: Path, reporter: Rep
             fix="Name the repository of its authors, or build without --quantize.",
         )
     text = [tensor for path in written for tensor in tensors_of(path)]
-    write_shards(result, [*text, *vision], GIB, reporter)
+    write_shards(result, [*text, *vision], SHARD_BYTES, reporter)
 
 
 def _copy_unquantized_files(snapshot: ModelSnapshot, result: Path) -> None:

@@ -5,10 +5,11 @@
 Runs on the quantizer's Python. The job file names `model` and `output` (folders), `measurements` (a file to
 write), `modifiers` (llm-compressor's, by name and arguments), `recipe` (the fields of Recipe), `vision` (the
 modules that a vision-language model sees with, which are not in the output; none of a text model),
-`held_out_blocks` (how many to measure on) and, where the user gave one, `calibration` (texts and chats) or
-`calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
-lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
-Exit code 0 means that `output` and `measurements` are complete.
+`max_shard_bytes` (of the output's shards), `held_out_blocks` (how many to measure on) and, where the user
+gave one, `calibration` (texts and chats) or `calibration_parquet` (a file of them). CUDA is used where there
+is a GPU. Progress goes to stdout as JSON lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and
+everything that a library prints goes to stderr. Exit code 0 means that `output` and `measurements` are
+complete.
 """
 
 from __future__ import annotations
@@ -78,8 +79,7 @@ HELD_OUT_SEED = 1_000_003  # added to the calibration's
 LOGITS_AT_ONCE = 128
 GENERATE_BATCH = 24
 MAX_ROUNDS = 8
-# Several layers of an image are pulled at once, and a shard is the smallest piece that can be one.
-SHARD_SIZE = 1 << 30
+MISSING_SHOWN = 5
 
 
 def _claim_stdout() -> Report:
@@ -353,6 +353,18 @@ def apply_recipe(
     oneshot(model=model, tokenizer=tokenizer, recipe=modifiers, **data)
 
 
+def require_whole(missing: Iterable[str], vision: Sequence[str]) -> None:
+    """Ends the job where the model's files lack tensors: the library makes up random ones, which lose nothing
+    when they are quantized, so that the quality would look fine.
+
+    missing: names, without those that are tied to others. What belongs to `vision` is not used here.
+    """
+    lacking = sorted(name for name in missing if not set(name.split(".")) & set(vision))
+    if lacking:
+        more = f" and {len(lacking) - MISSING_SHOWN} more" if len(lacking) > MISSING_SHOWN else ""
+        raise SystemExit(f"The model's files lack {', '.join(lacking[:MISSING_SHOWN])}{more}.")
+
+
 def _load(folder: str, vision: Sequence[str]) -> tuple[Any, Any]:
     """Model and tokenizer; fused experts become linear layers of their own, which can be quantized.
 
@@ -364,7 +376,9 @@ def _load(folder: str, vision: Sequence[str]) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     auto = AutoModelForImageTextToText if vision else AutoModelForCausalLM
-    model = auto.from_pretrained(folder, dtype="auto")
+    # Shapes that differ from the configuration's are an error of the library's own.
+    model, loaded = auto.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    require_whole(loaded["missing_keys"], vision)
     for part in vision:
         delattr(model.base_model, part)
     return linearize_moe(model), tokenizer
@@ -438,7 +452,7 @@ def main(job_file: str) -> None:
 
     report(0.97, "writing the weights")
     model.generation_config = GenerationConfig()  # transformers refuses to save one that contradicts itself
-    model.save_pretrained(output, save_compressed=True, max_shard_size=SHARD_SIZE)
+    model.save_pretrained(output, save_compressed=True, max_shard_size=job["max_shard_bytes"])
     _keep_patterns(output / "config.json", recipe["ignore"])
     # The builder copies the model's own tokenizer, chat template and generation config, byte for byte.
     (output / "generation_config.json").unlink(missing_ok=True)

@@ -58,10 +58,10 @@ def _checks(container: Container, *, recorded: bool) -> list[Check]:
     recording, compiled, golden = said["recording"], said["compiled"], said["golden"]
     used = recording["status"] == "used"
     checks.append(Check("recording", used, recording["mode"] if used else recording["reason"]))
-    if compiled:
-        loaded = all(detail.startswith("loaded") for detail in compiled)
+    if compiled or said["has_compiled_code"]:
+        loaded = bool(compiled) and all(detail.startswith("loaded") for detail in compiled)
         told = next((line for line in container.logs().splitlines() if _LOADED in line), "")
-        found = f"vLLM says: {told[told.index(_LOADED) :]}" if told else ", ".join(compiled)
+        found = f"vLLM says: {told[told.index(_LOADED) :]}" if told else ", ".join(compiled) or "nothing told"
         checks.append(Check("compiled code", loaded and bool(told), found))
     if golden:
         checks.append(Check("answers", golden["ok"], golden["says"]))

@@ -14,8 +14,10 @@ LABEL "dev.coldstart.role"="server" \
       "org.opencontainers.image.source"="hf://org/Tiny-1B" \
       "org.opencontainers.image.title"="org/Tiny-1B"
 ENV DO_NOT_TRACK="1" HF_HUB_OFFLINE="1" HOME="/tmp" PYTHONPATH="/opt/coldstart" TRANSFORMERS_OFFLINE="1" USER="coldstart" VLLM_NO_USAGE_STATS="1"
-COPY ["coldstart/", "/opt/coldstart/"]
 USER root
+# What the base's installer left uncompiled, as some do, would be compiled at every start too.
+RUN ["python3", "-c", "import compileall, sysconfig; compileall.compile_dir(sysconfig.get_path('purelib'), quiet=2, workers=0)"]
+COPY ["coldstart/", "/opt/coldstart/"]
 # Whoever runs the image cannot write bytecode, and would compile the runtime again at every start.
 RUN ["python3", "-m", "compileall", "-q", "--invalidation-mode", "unchecked-hash", "/opt/coldstart/runtime"]
 USER 2000:0

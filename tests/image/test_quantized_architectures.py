@@ -8,11 +8,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +23,24 @@ import numpy as np
 import pytest
 from safetensors import deserialize, safe_open
 
+from builder import calibration
 from builder.architectures import VISION_LANGUAGE
 from builder.docker_engine import Container, DockerEngine
+from builder.errors import BuildError
 from builder.methods import METHODS
-from builder.models import parse_ref, resolve
+from builder.models import parse_ref, resolve, snapshot_of_folder
 from builder.quantize import Quantized, quantize
 from builder.recipe import choose_recipe
 from builder.report import SilentReporter
+from builder.reshard import reshard
+from builder.shards import tensors_of, write_shards
 from tests.image.conftest import coldstart, share_quantizer, tiny_models, wait_ready
 from tests.image.tiny_models import TEXT
 
 HERE = Path(__file__).parent
 SEEING = ("gemma3_vl", "llava", "qwen2_5_vl")
 SERVED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3")
+SHARD_BYTES = 100_000  # of the tiny llama's 350 kB, quantized
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +103,27 @@ def _distance(one: list[float], other: list[float]) -> float:
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
 
 
+def _split_by_the_quantizer(folder: Path, cache: Path) -> Quantized:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builder.quantize.SHARD_BYTES", SHARD_BYTES)
+        return _quantized(folder, cache)
+
+
+def _split_afterwards(done: Quantized, folder: Path, cache: Path) -> Quantized:
+    """As a build does it with --max-shard-size."""
+    original = resolve(parse_ref(str(folder)), SilentReporter())
+    quantized = snapshot_of_folder(done.folder, original.lock, SilentReporter())
+    return replace(done, folder=reshard(quantized, SHARD_BYTES, cache=cache, reporter=SilentReporter()).root)
+
+
+def _require_split(folder: Path) -> None:
+    shards = [path.name for path in folder.glob("*.safetensors")]
+    assert len(shards) > 2
+    index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+    assert set(index["weight_map"]) == set(_tensors(folder))
+    assert set(index["weight_map"].values()) == set(shards)
+
+
 def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     done = {name: _quantized(models / name, tmp_path / "cache") for name in SERVED}
@@ -103,7 +131,13 @@ def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: s
         done[method] = _quantized(models / "llama", tmp_path / "cache", method)
     # No build would put FP8 on a CPU, but vLLM's fallback there shows that its output is read right.
     done["fp8"] = _quantized(models / "llama", tmp_path / "cache", "fp8", "cuda")
+    done["split"] = _split_by_the_quantizer(models / "llama", tmp_path / "cache")
+    done["resharded"] = _split_afterwards(done["llama"], models / "llama", tmp_path / "cache")
     folders = {name: quantized.folder for name, quantized in done.items()}
+    _require_split(folders["split"])
+    assert set(_tensors(folders["split"])) == set(_tensors(folders["llama"]))
+    _require_split(folders["resharded"])
+    assert _tensors(folders["resharded"]) == _tensors(folders["llama"])
     originals = {name: models / (name if name in SERVED else "llama") for name in folders}
     tiny_models("logprobs", tmp_path / "scores.json", *folders.values(), *originals.values(), home=tmp_path)
     scores = json.loads((tmp_path / "scores.json").read_text())
@@ -152,13 +186,44 @@ def test_fp8_weights_are_the_models_rounded(models: Path, tmp_path: Path) -> Non
         assert np.all(np.abs(given).max(axis=1) >= 448 * 15 / 16), name
 
 
+def test_model_that_lacks_a_projection_is_not_quantized(models: Path, tmp_path: Path) -> None:
+    """The library would make one up."""
+    folder = tmp_path / "lacking"
+    folder.mkdir()
+    for path in (models / "llama").iterdir():
+        if path.suffix != ".safetensors":
+            shutil.copy(path, folder)
+    lost = "model.layers.1.mlp.down_proj.weight"
+    kept = [tensor for tensor in tensors_of(models / "llama" / "model.safetensors") if tensor.name != lost]
+    write_shards(folder, kept, 1 << 30, SilentReporter())
+    with pytest.raises(BuildError) as failed:
+        _quantized(folder, tmp_path / "cache")
+    assert f"The model's files lack {lost}." in failed.value.log
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    """A file with enough of them to calibrate on some and measure on others."""
+    said = [
+        [
+            {"role": "user", "content": f"How much is {i} times {i + 1}?"},
+            {"role": "assistant", "content": f"{i} times {i + 1} is {i * (i + 1)}."},
+        ]
+        for i in range(40)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in said))
+    return path
+
+
 def test_a_killed_build_takes_its_quantizer_along_and_the_next_one_starts_afresh(
-    models: Path, base: str, tmp_path: Path
+    models: Path, base: str, chats: Path, tmp_path: Path
 ) -> None:
     cache = share_quantizer(tmp_path / "cache")
     program = str(Path(sys.executable).parent / "coldstart")
     command = [program, "render", str(models / "llama"), "--base", base]
     flags = ["--quantize", "awq", "--calibration-samples", "8", "--calibration-tokens", "64"]
+    flags += ["--calibration", str(chats)]
     environ = {**os.environ, "COLDSTART_CACHE": str(cache)}
     build = subprocess.Popen(
         [*command, *flags, "-o", str(tmp_path / "one")],
@@ -184,6 +249,10 @@ def test_a_killed_build_takes_its_quantizer_along_and_the_next_one_starts_afresh
     assert again.returncode == 0, again.stderr
     assert "Quantizing to AWQ" in again.stderr
     assert not list((cache / "quantized").glob("*.partial"))
+    (manifest,) = (tmp_path / "two").rglob("manifest.json")
+    said = json.loads(manifest.read_bytes())["quantization"]
+    assert said["calibration"] == f"sha256:{calibration.read(chats).digest}"
+    assert (said["calibration_samples"], said["quality"]["measured_on"]) == (8, "file")
 
 
 def _job_at_work(cache: Path) -> Path:
@@ -330,6 +399,21 @@ def test_loss_above_the_limit_is_refused_and_the_result_is_not_made_again(
     assert 0.5 < quality["top1_agreement"] < 1
     assert f"({quality['perplexity_increase']:+.2%})" in allowed.err
     assert f"({quality['perplexity_increase']:+.2%})" in refused.err
+
+
+def test_quantized_weights_are_in_shards_of_the_users_size(
+    awq: Any, model: str, base: str, tmp_path: Path
+) -> None:
+    flags = ("--base", base, "--quantize", "awq", "--max-shard-size", "20MiB", "-o", str(tmp_path / "one"))
+    done = coldstart("render", model, *flags)
+    assert done.code == 0, done.err
+    assert "are in the cache" in done.err  # whatever the size is, it is quantized once
+    (index,) = (tmp_path / "one").rglob("model.safetensors.index.json")
+    shards = {path.name for path in (tmp_path / "one").rglob("*.safetensors")}  # in folders by layer
+    assert len(shards) > 2
+    assert set(json.loads(index.read_bytes())["weight_map"].values()) == shards
+    (manifest,) = (tmp_path / "one").rglob("manifest.json")
+    assert json.loads(manifest.read_text())["quantization"] == awq["manifest"]["quantization"]
 
 
 def test_quality_is_in_the_label(awq: Any, engine: DockerEngine) -> None:

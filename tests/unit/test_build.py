@@ -4,13 +4,15 @@ import errno
 import json
 import os
 import shutil
+import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 
-from builder import build, models
+from builder import build, context, models
 from builder.errors import HostError, InputError
 from builder.files import finished_folder, require_space
 from builder.plan import BaseImage
@@ -153,3 +155,38 @@ def test_mountable_folder_is_the_users_own_where_a_container_can_read_it(
     private = models.ModelSnapshot(snapshot.lock, folder.parent / "private")
     folder.rmdir()
     assert build._mountable(private, SilentReporter()) == folder
+
+
+def test_mountable_folder_is_made_once_and_a_killed_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDSTART_CACHE", str(tmp_path / "cache"))
+    root = write_model(tmp_path / "model")
+    (root / "model.safetensors").chmod(0o600)
+    snapshot = models.resolve(models.parse_ref(str(root)), SilentReporter())
+    digest = snapshot.lock.digest[:16]
+    left = tmp_path / "cache" / "mount" / f".{digest}.partial"
+    left.mkdir(parents=True)
+    (left / "half").touch()
+    made = 0
+    both, write = threading.Event(), context.write_files
+
+    def slow(*arguments: Any) -> None:
+        nonlocal made
+        made += 1
+        both.wait(10)
+        write(*arguments)
+
+    class Waiting(SilentReporter):
+        def note(self, text: str) -> None:
+            assert text.startswith("Waiting: ")
+            both.set()
+
+    monkeypatch.setattr(context, "write_files", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(lambda _: build._mountable(snapshot, Waiting()), range(2))
+    assert one == two
+    assert made == 1
+    names = {path.name for path in one.parent.iterdir()}
+    assert names == {digest, f"{digest}.lock"}
+    assert {path.name for path in one.iterdir()} == {file.path for file in snapshot.lock.files}

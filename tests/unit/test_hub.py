@@ -19,8 +19,10 @@ from pathlib import Path
 
 import pytest
 
+from builder import hub as client
+from builder.errors import ModelError
 from builder.hub import remove_orphans
-from tests.hub import COMMIT, Hub, serve
+from tests.hub import COMMIT, Hub, redirecting, serve
 from tests.models import write_model
 
 REPO = "org/tiny-model"
@@ -278,7 +280,7 @@ def test_disk_is_checked_before_the_download(hub: Hub, tmp_path: Path) -> None:
     done = _plan(hub, tmp_path)
     assert (done.returncode, done.stdout) == (4, "")
     assert "the download needs 1000000000.0 GB" in done.stderr
-    assert hub.bodies == []
+    assert hub.bodies == ["model.safetensors.index.json"]  # it says which weights are needed
 
 
 def test_progress_is_of_the_whole_model(hub: Hub, tmp_path: Path) -> None:
@@ -326,6 +328,104 @@ def test_what_does_not_pass_is_one_message(hub: Hub, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, "")
     assert "The hub answered 429 and asks to wait 86400 s." in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("", ""),
+        ("503", "the hub answered 503; trying again in 0 s"),
+        ("429", "the hub answered 429; trying again in 0 s"),
+        ("cuts", "the hub cut the connection; going on from there"),
+        ("resets", "the hub cut the connection; going on from there"),
+        ("pauses", "the hub fell silent; going on from there"),
+    ],
+)
+def test_another_host_is_retried_alike_and_sees_no_token(
+    hub: Hub, tmp_path: Path, fault: str, words: str
+) -> None:
+    hub.token = TOKEN
+    with redirecting(hub) as cdn:
+        if fault.isdigit():
+            cdn.refuse("/blobs/", int(fault), times=3)
+        elif fault:
+            getattr(cdn, fault)[SHARDS[0]] = 1
+        done = _plan(hub, tmp_path, HF_TOKEN=TOKEN, HF_HUB_DOWNLOAD_TIMEOUT="1")
+        assert done.returncode == 0, done.stderr
+        assert words in done.stderr
+        assert {request.split(" ")[0] for request in cdn.requests} == {"GET"}
+        assert len(cdn.requests) == 2 + (3 if fault.isdigit() else bool(fault))
+        assert cdn.authorizations == []
+
+
+def test_large_file_of_another_host_goes_on_from_where_it_was(hub: Hub, tmp_path: Path) -> None:
+    (hub.folder / "vocab.txt").write_bytes(b"word\n" * 5_000_000)
+    with pytest.MonkeyPatch.context() as patched, redirecting(hub) as cdn:
+        patched.setattr("tests.hub._LFS_SUFFIXES", (".safetensors", ".txt"))
+        cdn.resets["vocab.txt"] = 1
+        done = _plan(hub, tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert cdn.ranges == [f"vocab.txt bytes={10 << 20}-"]
+
+
+def test_other_host_that_asks_for_a_day_is_not_waited_for(hub: Hub, tmp_path: Path) -> None:
+    with redirecting(hub) as cdn:
+        cdn.refuse("/blobs/", 429, headers={"Retry-After": "86400"})
+        done = _plan(hub, tmp_path)
+        assert done.returncode == 3
+        assert "The hub answered 429 and asks to wait 86400 s." in done.stderr
+
+
+def test_headers_come_from_another_host_too(hub: Hub, tmp_path: Path) -> None:
+    hub.token = TOKEN
+    with redirecting(hub) as cdn:
+        cdn.refuse("/blobs/", 503, times=1)
+        done = _plan(hub, tmp_path, REPO, "--weights", "download", HF_TOKEN=TOKEN)
+        assert done.returncode == 0, done.stderr
+        assert len(cdn.ranges) == 2
+        assert cdn.authorizations == []
+
+
+class _Panic(BaseException):
+    """As pyo3's, which is no Exception."""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError("CAS error"), "cannot get org/a@v1 CAS error. .*HF_HUB_DISABLE_XET=1"),
+        (_Panic("in Rust"), "cannot get org/a@v1 _Panic: in Rust"),
+        (RecursionError("deep"), "the answer about org/a@v1 is not like a hub's It is nested too deeply"),
+    ],
+)
+def test_errors_of_the_chunk_transfer_are_told(error: BaseException, words: str) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(ModelError, match=words):
+        client._call(client.Repository("model", "org/a", "v1"), fail)
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        *({"sha": None}, {"sha": 5}, {"sha": "../../x"}, {"siblings": 3}, {"siblings": None}),
+        *({"siblings": [{"rfilename": 5}]}, {"siblings": [{"rfilename": "config.json", "size": "10"}]}),
+        {"siblings": [{"rfilename": "config.json", "size": -1}]},
+        {"siblings": [{"rfilename": "model.safetensors", "size": 1, "lfs": {"sha256": None, "size": 1}}]},
+        {"siblings": [{"rfilename": "a.safetensors", "lfs": {"sha256": "x", "size": 1, "pointerSize": 1}}]},
+        {"siblings": [{"rfilename": "../model.safetensors", "size": 1}]},
+    ],
+)
+def test_odd_answers_about_a_repository_are_refused(
+    hub: Hub, tmp_path: Path, says: dict[str, object]
+) -> None:
+    hub.says = says
+    for weights in ("bake", "download"):
+        done = _plan(hub, tmp_path, REPO, "--weights", weights)
+        assert (done.returncode, done.stdout) == (3, ""), done.stderr
+        assert "Traceback" not in done.stderr
+        assert "should not happen" not in done.stderr
 
 
 @dataclass(frozen=True)
@@ -506,6 +606,66 @@ def test_model_that_cannot_be_quantized_is_refused_before_its_weights_come(tmp_p
         assert not any("safetensors" in request for request in hub.requests)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("quantize_config.json", '{"bits": 4, "group_size": 128, "desc_act": false}'),
+        ("quant_config.json", '{"w_bit": 4, "q_group_size": 128, "zero_point": true}'),
+        ("hf_quant_config.json", '{"producer": {}, "quantization": {"quant_algo": "FP8"}}'),
+        ("params.json", '{"quantization": {"qformat_weight": "fp8_e4m3"}}'),
+        (SHARDS[0], ""),
+    ],
+)
+def test_quantized_model_is_refused_before_its_weights_come(
+    hub: Hub, tmp_path: Path, name: str, content: str
+) -> None:
+    if content:
+        (hub.folder / name).write_text(content)
+    else:
+        shard = hub.folder / name
+        shard.write_bytes(shard.read_bytes().replace(b"F32", b"I32").replace(b'"t0"', b'"t0.qweight"'))
+        header = shard.read_bytes()[8:].split(b"}}", 1)[0].strip() + b"}}"
+        shard.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        index = hub.folder / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace('"t0"', '"t0.qweight"'))
+    done = _plan(hub, tmp_path, REPO, "--quantize", "awq", "--base", "coldstart/base-cpu:any")
+    assert done.returncode == 3, done.stderr
+    assert "the model is quantized already" in done.stderr
+    assert len([path for path in hub.bodies if path.endswith(".safetensors")]) == len(hub.ranges)
+    plain = _plan(hub, tmp_path, REPO)
+    assert plain.returncode == 0, plain.stderr
+    model = json.loads(plain.stdout)["manifest"]
+    assert "quantization" in json.dumps(model)
+
+
+def test_quantization_that_memory_lacks_for_is_refused_before_the_weights_come(
+    hub: Hub, tmp_path: Path
+) -> None:
+    parameters = 10**13
+    header = {"t0": {"dtype": "F32", "shape": [parameters], "data_offsets": [0, 4 * parameters]}}
+    text = json.dumps(header).encode()
+    (hub.folder / SHARDS[0]).write_bytes(len(text).to_bytes(8, "little") + text)
+    hub.sizes = {SHARDS[0]: 5 * parameters}
+    done = _plan(hub, tmp_path, REPO, "--quantize", "awq", "--base", "coldstart/base-cpu:any")
+    assert done.returncode == 4, done.stderr
+    assert "of memory" in done.stderr
+    assert "10000.00e9 parameters" in done.stderr
+    assert len([path for path in hub.bodies if path.endswith(".safetensors")]) == len(hub.ranges) == 2
+
+
+def test_weights_that_the_index_does_not_name_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    doubles = ("model.safetensors", "model-fp16.safetensors")
+    for name in doubles:
+        (hub.folder / name).write_bytes(b"the same again")
+    done = _plan(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(hub.bodies) == FILES
+    _flip(tmp_path, "model.safetensors.index.json")
+    assert _plan(hub, tmp_path).stdout == done.stdout
+    assert sorted(hub.bodies) == sorted([*FILES, "model.safetensors.index.json"])
+    assert _plan(hub, tmp_path, HF_HUB_OFFLINE="1").stdout == done.stdout
+
+
 def test_download_takes_the_lock_from_the_hub_and_leaves_the_weights_there(hub: Hub, tmp_path: Path) -> None:
     left = _plan(hub, tmp_path, REPO, "--weights", "download")
     assert left.returncode == 0, left.stderr
@@ -536,8 +696,10 @@ def test_tensor_that_the_index_names_and_no_header_has(hub: Hub, tmp_path: Path)
     assert "has no tensor 't9'" in done.stderr
 
 
-def test_shard_on_the_hub_without_a_header(hub: Hub, tmp_path: Path) -> None:
-    (hub.folder / "model-00001-of-00002.safetensors").write_bytes(b"not safetensors at all")
+@pytest.mark.parametrize("header", [b"", b"[" * 90_000, b'{"t0":' * 90_000, b'{"t0": {"shape": [1e999]}}'])
+def test_shard_on_the_hub_without_a_header(hub: Hub, tmp_path: Path, header: bytes) -> None:
+    content = len(header).to_bytes(8, "little") + header if header else b"not safetensors at all"
+    (hub.folder / "model-00001-of-00002.safetensors").write_bytes(content)
     done = _plan(hub, tmp_path, REPO, "--weights", "download")
     assert done.returncode == 3
     assert "model-00001-of-00002.safetensors of org/tiny-model is corrupt" in done.stderr
@@ -551,6 +713,58 @@ def test_weights_that_the_hub_keeps_in_git_are_looked_at_here(
     assert done.returncode == 0, done.stderr
     shard = next(f for f in json.loads(done.stdout)["manifest"]["model"]["files"] if "00001" in f["path"])
     assert shard["sha256"] == sha256((hub.folder / shard["path"]).read_bytes()).hexdigest()
+
+
+_LOCK = """
+import sys
+from pathlib import Path
+from builder import build, lockfile
+from builder.errors import ColdstartError
+from builder.report import SilentReporter
+from builder.spec import load_spec
+file = Path(sys.argv[1])
+spec, lock = load_spec(file, {}), lockfile.beside(file)
+try:
+    found = build.resolve_model(spec, SilentReporter(), lock_path=lock, locked=len(sys.argv) > 2)
+    print(found.calibration.documents, found.calibration.commit)
+except ColdstartError as error:
+    print("refused", error)
+"""
+
+
+def test_branch_of_a_dataset_is_followed_once(hub: Hub, dataset: Hub, tmp_path: Path) -> None:
+    file, lock = tmp_path / "coldstart.yaml", tmp_path / "coldstart.lock"
+    file.write_text(f"model: repository\nquantize: awq\ncalibration: hf://datasets/{DATASET}@main\n")
+
+    def resolve(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", _LOCK, str(file), *arguments],
+            env=_environ(dataset, tmp_path),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    first = resolve()
+    assert first == f"('one',) {COMMIT}"
+    kept = json.loads(lock.read_text())["calibration"]
+    assert (kept["source"], kept["revision"]) == (f"hf://datasets/{DATASET}@main", COMMIT)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    (moved / "train.txt").write_text("two")
+    dataset.push("f" * 40, moved)
+    assert resolve() == resolve("--locked") == first
+    # The same commit with other bytes.
+    (dataset.folder / "data" / "train.jsonl").write_text('{"text": "three"}\n')
+    told = f"refused the calibration text of hf://datasets/{DATASET}@main is not what was locked"
+    before = lock.read_bytes()
+    for path in (tmp_path / "hf").rglob("train.jsonl"):
+        path.unlink()
+    assert resolve().startswith(told)
+    assert "the calibration text differs from its lock" in resolve("--locked")
+    assert lock.read_bytes() == before
+    lock.unlink()
+    assert resolve() == f"('two',) {'f' * 40}"
 
 
 def test_folder_cannot_be_downloaded(hub: Hub, tmp_path: Path) -> None:

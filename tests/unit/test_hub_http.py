@@ -85,6 +85,29 @@ def test_tries_and_waits_are_bounded(hub: Hub, waits: list[float]) -> None:
     assert waits == [250, 250]
 
 
+@pytest.mark.parametrize(
+    "value", ["9" * 500, "Wed, 21 Oct 9999 07:28:00 -9999", "Wed, 21 Oct 2015 07:28:00 +" + "9" * 30, "\xb2"]
+)
+def test_odd_times_are_bounded(hub: Hub, waits: list[float], value: str) -> None:
+    hub.refuse("/", 429, times=1, headers={"Retry-After": value})
+    try:
+        assert _get(hub).status_code == 200
+    except GaveUpError as error:
+        assert "asks to wait" in str(error)  # noqa: PT017 - either will do
+    assert all(wait <= 600 for wait in waits)
+
+
+def test_what_is_streamed_is_retried_wherever_it_is(hub: Hub, waits: list[float]) -> None:
+    hub.refuse("/elsewhere", 503, times=2, headers={})
+    with RetryingClient(lambda _: None) as client:
+        with client.stream("GET", hub.url + "/elsewhere") as response:
+            assert response.status_code == 401  # the hub's answer to what it does not have
+        assert waits == [1, 2]
+        hub.refuse("/elsewhere", 503, times=1, headers={})
+        assert client.get(hub.url + "/elsewhere").status_code == 503
+    assert waits == [1, 2]
+
+
 def test_nobody_there_is_told_at_once(waits: list[float]) -> None:
     with RetryingClient(lambda _: None) as client, pytest.raises(httpx2.ConnectError):
         client.get("http://127.0.0.1:1/")

@@ -108,3 +108,65 @@ def test_quantizing_otherwise_is_another_configuration_of_the_same_model(spec_fi
     assert lockfile.drift(other, kept, locked) is Drift.CONFIGURATION_CHANGED
     assert "64 x 256 tokens of texts.jsonl" in (lockfile.Request.of(other).quantization or "")
     assert "elsewhere" not in lockfile.Request.of(other).model_dump_json()  # the same on every machine
+
+
+class _Notes(SilentReporter):
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
+
+
+def test_calibration_text_is_locked(spec_file: Path) -> None:
+    texts = spec_file.with_name("texts.txt")
+    texts.write_text("one")
+    spec_file.write_text("model: model\nquantize: awq\ncalibration: texts.txt\n")
+    _resolve(spec_file)
+    path = spec_file.with_name("coldstart.lock")
+    lock = lockfile.read(path)
+    assert lock is not None
+    assert lock.calibration is not None
+    assert (lock.calibration.source, lock.calibration.revision) == ("texts.txt", None)
+    _resolve(spec_file, locked=True)
+    texts.write_text("two")
+    with pytest.raises(InputError, match="the calibration text differs from its lock"):
+        _resolve(spec_file, locked=True)
+    spec, notes = load_spec(spec_file, {}), _Notes()
+    now = build.resolve_model(spec, SilentReporter())
+    assert lockfile.drift(spec, lock, now.lock) is Drift.UNCHANGED  # the model is
+    assert lockfile.drift(spec, lock, now.lock, now.calibration) is Drift.UPSTREAM_CHANGED
+    build.resolve_model(spec, notes, lock_path=path)
+    assert notes.said == ["the calibration text is not what was locked; locking anew"]
+    _resolve(spec_file, locked=True)
+    # A lock of before there were digests in it.
+    path.write_bytes(lock.model_copy(update={"calibration": None}).to_bytes())
+    with pytest.raises(InputError, match="did not keep its digest"):
+        _resolve(spec_file, locked=True)
+
+
+def test_changed_folder_is_noted(spec_file: Path) -> None:
+    _resolve(spec_file)
+    (spec_file.parent / "model" / "tokenizer.json").write_text("{ }")
+    notes = _Notes()
+    build.resolve_model(load_spec(spec_file, {}), notes, lock_path=lockfile.beside(spec_file))
+    assert notes.said == ["tokenizer.json is not what was locked; locking anew"]
+
+
+def test_commit_with_other_bytes_is_refused(spec_file: Path) -> None:
+    found = _resolve(spec_file).lock.model_copy(update={"revision": "c" * 40, "source": "hf://org/a"})
+    spec, notes = ImageSpec(model="org/a"), _Notes()
+    lock = lockfile.LockFile(tools={}, request=lockfile.Request.of(spec), model=found)
+    lockfile.require_constant(lock, spec, found, None, notes)
+    changed = found.files[0].model_copy(update={"sha256": "0" * 64})
+    other = found.model_copy(update={"files": (changed, *found.files[2:])})
+    with pytest.raises(InputError, match=r"config.json of org/a is not what was locked.*\(cccccccccccc\)"):
+        lockfile.require_constant(lock, spec, other, None, notes)
+    assert notes.said == []
+    # Another choice of files, another commit and another request are none of that.
+    fewer = found.model_copy(update={"files": found.files[1:]})
+    lockfile.require_constant(lock, spec, fewer, None, notes)
+    moved = other.model_copy(update={"revision": "d" * 40})
+    lockfile.require_constant(lock, spec, moved, None, notes)
+    lockfile.require_constant(lock, ImageSpec(model="org/b"), other, None, notes)
+    assert len(notes.said) == 2

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -327,6 +330,76 @@ def test_service_of_several_nodes_is_not_the_one_that_leaderworkerset_makes() ->
     assert workers["spec"]["leaderWorkerTemplate"]["size"] == 3
     leader, _ = pods([workers])
     assert "--tensor-parallel-size 8 --pipeline-parallel-size 3" in leader["containers"][0]["command"][-1]
+
+
+# What the shells of several nodes do, with a Ray and a Python that only say how they were called.
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """shell(role, ray) -> the running shell of "leader" or "worker"; ray: lines of sh that `ray` runs.
+
+    `called` in tmp_path gets a line for each command.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def run(role: str, ray: str) -> subprocess.Popen[bytes]:
+        for name, lines in (("ray", ray), ("python3", "exit 42")):
+            (tmp_path / name).write_text(f'#!/bin/sh\necho "{name} $*" >>{tmp_path}/called\n{lines}\n')
+            (tmp_path / name).chmod(0o755)
+        leader, worker = pods(documents("lws", gpus=8, nodes=3))
+        [container] = {"leader": leader, "worker": worker}[role]["containers"]
+        environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "LWS_LEADER_ADDRESS": "leader.example"}
+        started.append(subprocess.Popen(container["command"], env=environment, start_new_session=True))
+        return started[-1]
+
+    yield run
+    for process in started:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # also what `ray` left running
+        process.wait()
+
+
+def _called(folder: Path) -> list[str]:
+    path = folder / "called"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_a_leader_starts_ray_then_becomes_the_server(shell: Callable[..., Any], tmp_path: Path) -> None:
+    assert shell("leader", "exit 0").wait(10) == 42
+    assert _called(tmp_path) == [
+        "ray start --head --port 6379 --include-dashboard=false",
+        "python3 -m runtime --distributed-executor-backend ray "
+        "--tensor-parallel-size 8 --pipeline-parallel-size 3",
+    ]
+
+
+def test_a_leader_whose_ray_does_not_start_ends_with_its_code(
+    shell: Callable[..., Any], tmp_path: Path
+) -> None:
+    assert shell("leader", "exit 3").wait(10) == 3
+    assert len(_called(tmp_path)) == 1
+
+
+def test_a_worker_joins_once_the_leader_answers(shell: Callable[..., Any], tmp_path: Path) -> None:
+    joins = f'case $1 in health-check) [ "$(wc -l <{tmp_path}/called)" -gt 1 ];; *) exit 7;; esac'
+    assert shell("worker", joins).wait(10) == 7
+    check = "ray health-check --address leader.example:6379"
+    assert _called(tmp_path) == [check, check, "ray start --address leader.example:6379 --block"]
+
+
+@pytest.mark.parametrize(("role", "ray"), [("leader", "sleep 60"), ("worker", "exit 1")])
+def test_sigterm_ends_a_node_that_waits_for_ray(
+    role: str, ray: str, shell: Callable[..., Any], tmp_path: Path
+) -> None:
+    process = shell(role, ray)
+    deadline = time.monotonic() + 10
+    while not _called(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(5) == 0
+    assert not any(line.startswith("python3") for line in _called(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -149,8 +149,11 @@ def test_result_digest_depends_on_the_model_and_the_quantizer(
     digest = result_digest(snapshot.lock, RECIPE)
     assert result_digest(snapshot.lock, RECIPE) == digest
     assert result_digest(snapshot.lock.model_copy(update={"revision": "abc"}), RECIPE) != digest
+    monkeypatch.setattr(quantizing, "SHARD_BYTES", 1 << 20)
+    split = result_digest(snapshot.lock, RECIPE)
+    assert split != digest
     monkeypatch.setattr(quantizing, "QUANTIZER_REQUIREMENTS", ("llmcompressor==9.9",))
-    assert result_digest(snapshot.lock, RECIPE) != digest
+    assert result_digest(snapshot.lock, RECIPE) not in (digest, split)
 
 
 def test_cached_result_is_returned_and_nothing_runs(snapshot: ModelSnapshot, cache: Path) -> None:
@@ -192,7 +195,9 @@ WRITES_A_SHARD = WRITES_A_RESULT.replace(
 )
 
 
-def test_vision_part_is_added_byte_for_byte(cache: Path, tmp_path: Path) -> None:
+def test_vision_part_is_added_byte_for_byte(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _prepared_environment(cache, WRITES_A_SHARD)
     config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "llama"}}
     folder = write_model(tmp_path / "seeing", config=config)
@@ -208,6 +213,11 @@ def test_vision_part_is_added_byte_for_byte(cache: Path, tmp_path: Path) -> None
         assert (found[name].dtype, found[name].tobytes()) == (tensor.dtype, tensor.tobytes())
     index = json.loads((done.folder / "model.safetensors.index.json").read_bytes())
     assert index["weight_map"] == dict.fromkeys(found, shard.name)
+    monkeypatch.setattr(quantizing, "SHARD_BYTES", 16)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    shards = [load_file(path) for path in done.folder.glob("*.safetensors")]
+    assert len(shards) == 3  # the nine numbers, larger than one, between 4 and 6 bytes
+    assert set().union(*shards) == set(found)
 
 
 def test_model_without_what_it_sees_with_is_refused(cache: Path, tmp_path: Path) -> None:
@@ -222,6 +232,15 @@ def test_model_without_what_it_sees_with_is_refused(cache: Path, tmp_path: Path)
             reporter=SilentReporter(),
         )
     assert _left_behind(cache) == []
+
+
+def test_job_is_told_how_large_a_shard_may_be(
+    snapshot: ModelSnapshot, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _prepared_environment(cache, WRITES_A_RESULT.replace('job["recipe"]', 'job["max_shard_bytes"]'))
+    monkeypatch.setattr(quantizing, "SHARD_BYTES", 1234)
+    done = quantize(snapshot, RECIPE, cache=cache, reporter=SilentReporter())
+    assert json.loads((done.folder / "config.json").read_text())["quantization_config"] == 1234
 
 
 def test_manifest_says_recipe_quality_and_cost(snapshot: ModelSnapshot, cache: Path) -> None:

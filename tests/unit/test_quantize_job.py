@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from builder.quantize_job import HELD_OUT_PROMPTS, PROMPTS, document_blocks, split_blocks
+from builder.quantize_job import (
+    HELD_OUT_PROMPTS,
+    PROMPTS,
+    _prompts,
+    document_blocks,
+    require_whole,
+    split_blocks,
+)
 
 
 class Bytes:
@@ -34,6 +41,38 @@ def test_documents_become_blocks_of_one_length() -> None:
     ]
     with pytest.raises(SystemExit, match="has 10 tokens; one block needs 16"):
         document_blocks(Bytes(), documents, samples=9, tokens=16)
+
+
+class Chatty:
+    """A tokenizer that keeps what it is asked for."""
+
+    chat_template = "{{ messages }}"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def apply_chat_template(self, chats: Any, **how: Any) -> str:
+        self.asked.append((chats, how))
+        return "a batch"
+
+
+def test_models_with_a_chat_template_are_asked_through_it() -> None:
+    tokenizer = Chatty()
+    assert _prompts(tokenizer, PROMPTS, len(PROMPTS) - 1, 2) == "a batch"
+    [(chats, how)] = tokenizer.asked
+    assert chats == [[{"role": "user", "content": prompt}] for prompt in (PROMPTS[-1], PROMPTS[0])]
+    # Without the last words of the template the model would continue the question.
+    assert (how["add_generation_prompt"], how["tokenize"], how["padding"]) == (True, True, True)
+
+
+def test_model_whose_files_lack_tensors_is_not_quantized() -> None:
+    layers = [f"model.layers.{i}.mlp.down_proj.weight" for i in range(7)]
+    with pytest.raises(SystemExit, match=r"files lack model\.layers\.0.*model\.layers\.4\S* and 2 more\."):
+        require_whole(set(layers), ())
+    with pytest.raises(SystemExit, match=r"lack lm_head\.weight\.$"):
+        require_whole({"lm_head.weight", "model.vision_tower.head.weight"}, ("vision_tower",))
+    require_whole({"model.vision_tower.head.weight"}, ("vision_tower",))
+    require_whole((), ())
 
 
 @given(count=st.integers(1, 60), samples=st.integers(0, 40))

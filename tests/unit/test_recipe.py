@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.quantization import fitted_costs
 from builder.architectures import DENSE
 from builder.cli import main
 from builder.errors import HostError, InputError, ModelError
@@ -17,7 +19,7 @@ from builder.kernels import KERNELS, rank_layers, tensor_parallel_size
 from builder.methods import METHODS
 from builder.methods.method import Method, Modifier
 from builder.models import ModelLock, describe_quantization, parse_ref, resolve
-from builder.quantization_cost import COSTS, available_memory, predict, require_memory
+from builder.quantization_cost import COSTS, Cost, available_memory, predict, require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe, require_device
 from builder.report import SilentReporter
 from builder.spec import CPU_BASE, load_spec
@@ -37,6 +39,7 @@ QWEN3_MOE: dict[str, Any] = LLAMA | {
     "num_experts": 128,
 }
 RECIPE = Recipe("awq", 128, False, ("lm_head",), 16, 256, 0)
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +164,17 @@ def test_shapes_that_no_kernel_takes_are_refused(
 def test_only_the_device_that_needs_them_has_kernel_minimums() -> None:
     narrow = LLAMA | {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8}
     assert choose_recipe(narrow, device="cuda").group_size == 32
+
+
+def test_groups_are_symmetric_where_a_kernel_has_no_zero_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = dataclasses.replace(KERNELS["cpu"]["int4"], zero_points=False)
+    monkeypatch.setitem(KERNELS["cpu"], "int4", without)
+    recipe = choose_recipe(LLAMA, device="cpu")
+    assert recipe == dataclasses.replace(RECIPE, symmetric=True)
+    assert "groups of 128, symmetric" in recipe.describe()
+    group = recipe.modifiers()[-1]["arguments"]["config_groups"]["group_0"]
+    assert group["weights"]["symmetric"] is True
+    assert choose_recipe(LLAMA, device="cuda") == RECIPE
 
 
 @pytest.mark.parametrize(
@@ -441,6 +455,53 @@ def test_a_method_that_was_not_measured_is_taken_for_the_dearest_of_its_kind(
     assert another.seconds == max(
         predict(10**9, dataclasses.replace(RECIPE, method=name)).seconds for name in calibrated
     )
+
+
+def _run(model: str, parameters: int, memory: int, seconds: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "method": "awq",
+        "parameters": parameters,
+        "peak_memory_bytes": memory,
+        "seconds": seconds,
+        "calibration_samples": 16,
+        "calibration_tokens": 256,
+    }
+
+
+# 24 blocks of 256 tokens
+@pytest.mark.parametrize(
+    ("seconds", "cost"),
+    [
+        ((20.0, 40.0), Cost(1e9, 5.0, 10.0, 10 / 10**8 / 6144)),
+        # a line that would start below zero is drawn from zero, and still meets the larger model
+        ((10.0, 40.0), Cost(1e9, 5.0, 0.0, 40 / (3 * 10**8) / 6144)),
+    ],
+)
+def test_cost_is_a_line_through_two_random_models(seconds: tuple[float, float], cost: Cost) -> None:
+    small = _run("random-53M", 10**8, 1_500_000_000, seconds[0])
+    large = _run("random-172M", 3 * 10**8, 2_500_000_000, seconds[1])
+    other = _run("SmolLM2-135M", 10**8, 1, 1.0)
+    fitted = fitted_costs([other, large, {**small, "method": "rtn"}, small])
+    assert fitted.keys() == {"awq"}  # a point alone is no line
+    assert dataclasses.astuple(fitted["awq"]) == pytest.approx(dataclasses.astuple(cost))
+
+
+def _committed_cost_runs() -> list[Mapping[str, Any]]:
+    paths = sorted(RESULTS.glob("quantization-cost-*.json"))
+    if not paths:
+        pytest.skip("benchmarks/results/ has no quantization-cost-*.json yet")
+    runs: list[Mapping[str, Any]] = json.loads(paths[-1].read_text())
+    return runs
+
+
+def test_costs_are_those_of_the_newest_committed_runs() -> None:
+    fitted = fitted_costs(_committed_cost_runs())
+    assert fitted.keys() == COSTS.keys()
+    for method, cost in fitted.items():
+        assert dataclasses.astuple(COSTS[method]) == pytest.approx(dataclasses.astuple(cost), rel=0.01), (
+            method
+        )
 
 
 def test_model_that_does_not_fit_into_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
