@@ -15,7 +15,10 @@ import sys  # noqa: E402
 from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
+
+    from runtime.settings import Settings, VllmArgument
 
 # The kernel drops signals to a PID 1 that has no handler. Until the supervisor has its own, just leave.
 if __name__ == "__main__":
@@ -31,7 +34,8 @@ _PRINT_CONFIG = ("--print-config", "--print-config=text", "--print-config=json")
 def _stop(message: str, code: int) -> int:
     from runtime import logs
 
-    logs.say(f"exit {code}: {message}", "error")
+    # The JSON of a start that is refused goes where that of every other goes.
+    logs.say(f"exit {code}: {message}", "error", stream=sys.stdout if logs.is_json() else None)
     return code
 
 
@@ -76,10 +80,12 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
     """Serve; or, with a folder to write to and the mode that is insisted on, warm. Raises SettingsError."""
     from contextlib import nullcontext
     from dataclasses import replace
+    from pathlib import Path
 
-    from runtime import guard, logs, modes, preflight, switches
+    from runtime import logs, prefetch, state, switches
     from runtime import settings as settings_module
     from runtime.listener import bind
+    from runtime.switches import Switch
 
     parse_started = time.time()
     manifest = settings_module.read_manifest()
@@ -88,7 +94,8 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
     settings = settings_module.load(flags, os.environ, manifest, known)
     serves = recorded is None and len(flags) == len(argv)
     try:
-        # Before anything that may take its time, such as asking for the GPUs: what connects now, waits.
+        # Before anything that may take its time, such as asking for the GPUs: what connects now, waits until
+        # the supervisor answers, and that looks at the machine meanwhile.
         listener = bind(settings.host, settings.port) if serves else None
     except OSError as error:
         where = f"{settings.host}:{settings.port}"
@@ -96,11 +103,40 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
             f"cannot listen on {where}: {error.strerror}. Free the port or choose another with --port.",
             EXIT_PORT,
         )
-    facts = preflight.gather(manifest)
-    settings, recording = modes.find_recording(settings, facts, os.environ)
+    if listener is None:
+        return _look(settings, argv, flags, known, recorded)
+    os.environ[switches.VARIABLE] = ",".join(settings.off)
+    if Switch.READ_AHEAD.on:
+        # What is downloaded, and verified, is read by that.
+        shards = manifest.shards if manifest.weights != "download" else ()
+        prefetch.start(Path(manifest.model_path), shards, state.folder())
     settings = replace(settings, api_keys=settings_module.read_api_keys(settings, os.environ))
     parsed = (parse_started, time.time())
-    if not serves and recorded is None:
+    logs.begin(settings.log_format)
+
+    from runtime.supervisor import Supervisor
+
+    with logs.as_json() if settings.log_format == "json" else nullcontext():
+        return Supervisor(settings, listener, started=STARTED, parsed=parsed).run()
+
+
+def _look(
+    settings: "Settings",
+    argv: list[str],
+    flags: list[str],
+    known: "Sequence[VllmArgument]",
+    recorded: "tuple[Path, str | None] | None",
+) -> int:
+    """`warm` and --print-config, which look at the machine first. Raises SettingsError."""
+    from dataclasses import replace
+
+    from runtime import logs, modes, preflight
+    from runtime import settings as settings_module
+
+    facts = preflight.gather(settings.manifest)
+    settings, _ = modes.find_recording(settings, facts, os.environ)
+    settings = replace(settings, api_keys=settings_module.read_api_keys(settings, os.environ))
+    if recorded is None:
         as_json = "--print-config=json" in argv
         print(settings_module.describe(settings, os.environ, known, as_json=as_json))
         return 0
@@ -110,23 +146,10 @@ def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
     except preflight.PreflightError as error:
         return _stop(str(error), EXIT_PREFLIGHT)
 
-    if recorded:
-        from runtime.warm import warm
+    from runtime.warm import warm
 
-        output, mode = recorded
-        insisted = modes.named(settings, mode) if mode else None
-        return warm(settings, flags, facts, output, insisted)
-
-    assert listener is not None
-    os.environ[switches.VARIABLE] = ",".join(settings.off)
-    os.environ.update(guard.loopback_environment(settings.vllm_args(), os.environ))
-    for name in settings_module.KEY_VARIABLES:  # the key is for the API process alone
-        os.environ.pop(name, None)
-
-    from runtime.supervisor import Supervisor
-
-    with logs.as_json() if settings.log_format == "json" else nullcontext():
-        return Supervisor(settings, listener, started=STARTED, parsed=parsed, recording=recording).run()
+    output, mode = recorded
+    return warm(settings, flags, facts, output, modes.named(settings, mode) if mode else None)
 
 
 # Processes forked from the template import this file again under another name.

@@ -50,6 +50,8 @@ _APP = (
     "vllm.entrypoints.generate.structured_decisions.api_router",
     "vllm.entrypoints.scale_out.factories",
 )
+# Labels of coldstart_recording_info.
+_RECORDING = ("status", "mode", "reason")
 _CORE_DIED = "the engine core or a worker of it died"
 
 
@@ -66,7 +68,9 @@ def serve(settings: Settings, listener: socket.socket, channel: Connection, star
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     try:
-        lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
+        lifecycle = Lifecycle(
+            started, logs.start_id(), recording=settings.recorded, degraded=settings.degraded
+        )
         with asyncio.Runner(loop_factory=lambda: _event_loop(settings.event_loop)) as runner:
             runner.run(_serve(settings, listener, channel, lifecycle))
     except EngineFailedError as error:
@@ -138,6 +142,7 @@ async def _serve(
                 settings.api_keys,
                 metrics_open=settings.metrics_auth == "open",
                 max_bytes=settings.max_request_bytes,
+                draining=lambda: lifecycle.state is State.DRAINING,
             )
             server = _server(args, guard, requests, channel)
             app.state.server = server
@@ -208,6 +213,7 @@ def _server(args: Any, app: AsgiApp, requests: _Requests, channel: Connection) -
             self.servers: list[Any] = []
             self.acceptor = Acceptor(sockets[0], self._connected)
             self.started = True
+            channel.send(("accepting",))  # uvicorn has said its words by now
 
         async def _connected(self, connection: socket.socket) -> None:
             loop = asyncio.get_running_loop()
@@ -394,6 +400,12 @@ def _export_metrics(lifecycle: Lifecycle, guard: Guard) -> None:
     cache = Gauge("coldstart_cache_hit", "1 if this start used what the image has recorded", ["cache"])
     cache.labels("imports").set(template.imports_remembered)
     cache.labels("recording").set(lifecycle.recording.get("status") == "used")
+    if lifecycle.recording:
+        told = Gauge("coldstart_recording_info", "1; whether a recording is used, and why not", [*_RECORDING])
+        told.labels(*(lifecycle.recording.get(name, "") for name in _RECORDING)).set(1)
+    degraded = Gauge("coldstart_degraded_info", "1 for each thing that this start does without", ["reason"])
+    for reason in lifecycle.degraded:
+        degraded.labels(reason).set(1)
     compiled = [event.detail for event in lifecycle.events if event.phase is Phase.COMPILE]
     if compiled:
         cache.labels("compile").set(all(detail.startswith("loaded") for detail in compiled))

@@ -40,6 +40,12 @@ _NEXT_STEPS = tuple(
             "Say which cores each worker gets, one list a worker: `-e VLLM_CPU_OMP_THREADS_BIND='0-3|4-7'`.",
         ),
         (
+            r"can't start new thread|Errno 11\b|resource temporarily unavailable",
+            "Allow the container more processes: `docker run --pids-limit`, in Kubernetes the kubelet's "
+            "podPidsLimit.",
+        ),
+        (r"AF_UNIX path too long", "Give TMPDIR a shorter path, such as /tmp."),
+        (
             r"no progress",
             "Look at what holds it up, or give a slow phase more time: --phase-timeout PHASE=SECONDS.",
         ),

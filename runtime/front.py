@@ -85,6 +85,8 @@ class Front:
                 while True:
                     event = connection.next_event()
                     if event is h11.NEED_DATA:
+                        if connection.they_are_waiting_for_100_continue:
+                            break  # its body stays with it
                         connection.receive_data(await loop.sock_recv(client, _READ_BYTES))
                     elif isinstance(event, h11.Request):
                         request = event

@@ -19,10 +19,24 @@ def main(manifest: Manifest) -> int:
     startup: dict[str, Any] = golden.get(f"{url}/startup")
     recording = startup["recording"]
     said: dict[str, Any] | None = None
-    path = state.folder() / state.RECORDINGS / recording.get("key", "") / golden.FILE
-    if recording["status"] == "used" and path.is_file():
-        chat = golden.has_chat(url, model)
-        said = golden.compare(golden.read(path), golden.ask(url, model, chat=chat)).to_json()
+    has_compiled_code = False
+    if recording["status"] == "used":
+        folder = state.folder() / state.RECORDINGS / recording["key"]
+        has_compiled_code = state.Recording.read(folder).has_compiled_code
+        if (folder / golden.FILE).is_file():
+            chat = golden.has_chat(url, model)
+            said = golden.compare(
+                golden.read(folder / golden.FILE), golden.ask(url, model, chat=chat)
+            ).to_json()
     compiled = [event["detail"] for event in startup["phases"] if event["phase"] == "compile"]
-    print(json.dumps({"recording": recording, "compiled": compiled, "golden": said}))
+    print(
+        json.dumps(
+            {
+                "recording": recording,
+                "has_compiled_code": has_compiled_code,
+                "compiled": compiled,
+                "golden": said,
+            }
+        )
+    )
     return 0 if said is None or said["ok"] else 1

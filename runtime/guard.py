@@ -35,13 +35,25 @@ class _TooLargeError(Exception):
 
 
 class Guard:
-    """keys: any of them opens the server; none: it is open. max_bytes: largest body of a request."""
+    """keys: any of them opens the server; none: it is open. max_bytes: largest body of a request.
 
-    def __init__(self, app: AsgiApp, keys: Sequence[str], *, metrics_open: bool, max_bytes: int) -> None:
+    draining: whether clients are to come back on another connection, to another server.
+    """
+
+    def __init__(
+        self,
+        app: AsgiApp,
+        keys: Sequence[str],
+        *,
+        metrics_open: bool,
+        max_bytes: int,
+        draining: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
         self._digests = [_digest(key.encode()) for key in keys]
         self._open = PROBES | METRICS if metrics_open else PROBES
         self._max_bytes = max_bytes
+        self._draining = draining
         self.in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,7 +62,7 @@ class Guard:
         path = scope["path"]
         is_open = not self._digests or (scope["type"] == "http" and path in self._open)
         if not (is_open or _is_preflight(scope) or self._has_key(scope)):
-            return await _refuse(scope, receive, send)
+            return await _refuse(scope, receive, send, close=self._draining())
         if path in PROBES or path in METRICS:
             return await self._bounded(scope, receive, send)
         self.in_flight += 1
@@ -129,7 +141,7 @@ def _is_preflight(scope: Scope) -> bool:
     )
 
 
-async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+async def _refuse(scope: Scope, receive: Receive, send: Send, *, close: bool) -> None:
     body = _error(
         "Give a valid API key in the header `Authorization: Bearer KEY`.",
         "invalid_request_error",
@@ -141,7 +153,8 @@ async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
         if "websocket.http.response" not in scope.get("extensions", {}):
             return await send({"type": "websocket.close", "code": 1008})
         prefix = "websocket."
-    start = _start(HTTPStatus.UNAUTHORIZED, body, [(b"www-authenticate", b"Bearer")])
+    headers = [(b"www-authenticate", b"Bearer"), *([(b"connection", b"close")] if close else [])]
+    start = _start(HTTPStatus.UNAUTHORIZED, body, headers)
     await send({**start, "type": prefix + start["type"]})
     return await send({"type": prefix + "http.response.body", "body": body})
 

@@ -71,7 +71,8 @@ class Lifecycle:
     """State, finished phases and the phases under way.
 
     started: seconds since the Unix epoch at the entrypoint's first line; start_id: as in every JSON log line;
-    recording: whether the image's recorded state is used, and why not.
+    recording: whether the image's recorded state is used, and why not; degraded: what else this start does
+    without, and why.
     """
 
     started: float
@@ -82,6 +83,7 @@ class Lifecycle:
     running: dict[tuple[Phase, int], Running] = field(default_factory=dict)
     ready_at: float | None = None
     recording: Mapping[str, str] = field(default_factory=dict)
+    degraded: tuple[str, ...] = ()
 
     def move(self, state: State, reason: str = "") -> None:
         """Raises ValueError on a transition that cannot happen."""
@@ -118,6 +120,7 @@ class Lifecycle:
             "started": self.started,
             "start_id": self.start_id,
             "recording": dict(self.recording),
+            "degraded": list(self.degraded),
             "phases": [event.to_json() for event in self.events],
             "running": [running.to_json() for running in self.running.values()],
         }
@@ -148,6 +151,14 @@ class Lifecycle:
             "phase": phase,
         }
         return Reply(HTTPStatus.SERVICE_UNAVAILABLE, {"error": error})
+
+
+def describe_recording(recording: Mapping[str, str]) -> str:
+    """What a start took from a recording, for people: see `Settings.recorded`."""
+    status = recording.get("status", "none")
+    if status == "used":
+        return f"recording used: {recording['mode']}"
+    return f"recording not used: {recording['reason']}" if status == "unused" else "no recording"
 
 
 def _ok(condition: bool) -> HTTPStatus:

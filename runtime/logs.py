@@ -7,11 +7,12 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import IO
+from typing import IO, TextIO
 
 # Set by PID 1 for its children, never by the user.
 _FORMAT_VARIABLE = "_COLDSTART_LOG_FORMAT"
@@ -36,12 +37,12 @@ def is_json() -> bool:
     return os.environ.get(_FORMAT_VARIABLE) == "json"
 
 
-def say(message: str, level: str = "info", process: str = "pid1") -> None:
-    """One line on stderr from the runtime itself."""
+def say(message: str, level: str = "info", process: str = "pid1", stream: TextIO | None = None) -> None:
+    """One line from the runtime itself, on stderr unless another stream is given."""
     line = f"coldstart: {message}"
     if is_json():
         line = _line(message, level=level, logger="coldstart", process=process)
-    print(line, file=sys.stderr, flush=True)
+    print(line, file=stream or sys.stderr, flush=True)
 
 
 def _line(
@@ -98,7 +99,10 @@ def as_json() -> Iterator[None]:
     os.close(writer)
     with os.fdopen(reader, "rb") as source, os.fdopen(os.dup(saved[0]), "w") as out:
         pump = threading.Thread(target=_pump, args=(source, out), daemon=True)
+        # A thread inherits what is blocked. The kernel would give it a signal that PID 1 holds back.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         pump.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         try:
             yield
         finally:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 import time
 from pathlib import Path
 
-from runtime.settings import Manifest
+from runtime.settings import LockedFile, Manifest
 
 # Digests of mounted files are checked as far as this goes: reading weights here would delay every start.
 _DIGEST_BYTES = 16 << 20
-_DIGEST_SECONDS = 1.0
+_CHUNK_BYTES = 1 << 20
 
 
-def problem(manifest: Manifest) -> str:
-    """What is wrong, and what to change; empty when nothing is. Makes the folder of a download."""
+def problem(manifest: Manifest, deadline: float = math.inf) -> str:
+    """What is wrong, and what to change; empty when nothing is. Makes the folder of a download.
+
+    deadline: of time.monotonic(), after which no more digests are computed.
+    """
     root = Path(manifest.model_path)
     if manifest.weights == "download":
         return _download_problem(root)
-    return _mount_problem(manifest, root) if manifest.weights == "mount" else ""
+    return _mount_problem(manifest, root, deadline) if manifest.weights == "mount" else ""
 
 
 def _download_problem(root: Path) -> str:
@@ -35,12 +40,11 @@ def _download_problem(root: Path) -> str:
     )
 
 
-def _mount_problem(manifest: Manifest, root: Path) -> str:
+def _mount_problem(manifest: Manifest, root: Path, deadline: float) -> str:
     how = (
         f"Mount the model's folder with `docker run -v FOLDER:{root}:ro …` "
         "(Kubernetes: a volumeMount with readOnly: true)."
     )
-    deadline = time.monotonic() + _DIGEST_SECONDS
     try:
         if not (root / "config.json").exists():
             return f"this image expects its model mounted at {root}, and no config.json is there. {how}"
@@ -48,7 +52,7 @@ def _mount_problem(manifest: Manifest, root: Path) -> str:
         for file in sorted(manifest.files, key=lambda file: file.size):
             if wrong or file.size >= _DIGEST_BYTES or time.monotonic() > deadline:
                 break
-            wrong = [] if file.is_whole(root) else [file.path]
+            wrong = [file.path] if _differs(file, root, deadline) else []
     except OSError as error:
         return (
             f"user {os.getuid()}:{os.getgid()} cannot read {error.filename}: {error.strerror}. "
@@ -59,3 +63,14 @@ def _mount_problem(manifest: Manifest, root: Path) -> str:
         if wrong
         else ""
     )
+
+
+def _differs(file: LockedFile, root: Path, deadline: float) -> bool:
+    """Whether its content is another's; False too where the time is over before that is known."""
+    digest = hashlib.sha256()
+    with (root / file.path).open("rb") as opened:
+        while chunk := opened.read(_CHUNK_BYTES):
+            if time.monotonic() > deadline:
+                return False
+            digest.update(chunk)
+    return digest.hexdigest() != file.sha256

@@ -11,11 +11,14 @@ order and without copying a byte.
 from __future__ import annotations
 
 import os
+import signal
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
+
+from runtime.state import FILES, recordings
 
 FILE_LIST = "files.txt"
 
@@ -27,11 +30,25 @@ _LIMIT_FILES = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 
 
 def start(model: Path, files: Sequence[str], state: Path) -> threading.Thread:
-    """Begin in the background. files: of the model, relative to it; they come after the list in `state`."""
-    paths = [*_recorded(state), *(str(model / file) for file in files)]
+    """Begin in the background: the recordings in `state`, the list there, then `files` of the model."""
+    paths = _paths(model, files, state)
     thread = threading.Thread(target=read_ahead, args=(paths, _budget()), name="prefetch", daemon=True)
-    thread.start()
+    # A thread inherits what is blocked. The kernel would give a signal that PID 1 holds back to this one.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        thread.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return thread
+
+
+def _paths(model: Path, files: Sequence[str], state: Path) -> Iterator[str]:
+    # PID 1 copies one of the recordings before it starts anything; which one is not known yet.
+    for recording in recordings(state):
+        for folder, _, names in os.walk(recording / FILES):
+            yield from (f"{folder}/{name}" for name in names)
+    yield from _recorded(state)
+    yield from (str(model / file) for file in files)
 
 
 def read_ahead(paths: Iterable[str], budget: int) -> int:

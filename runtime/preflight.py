@@ -11,6 +11,7 @@ import json
 import os
 import re
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -26,9 +27,11 @@ _MIB = 1 << 20
 _SHM = Path("/dev/shm")  # noqa: S108 - looked at, not written
 # NVIDIA's container toolkit mounts the first; WSL 2 offers the second.
 _GPU_NODES = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
-_GPU_QUERY_SECONDS = 0.8
+# For all that may take its time: nvidia-smi, and beside it the digests of a mounted model.
+_BUDGET_SECONDS = 0.8
 # vLLM's ring buffers of ten chunks: one to the workers (16 MiB chunks), one back from each (24 MiB).
-# The space must be free when each is made, and is taken only as it is written.
+# vLLM asks for the space of each when it makes it, and a ring takes none before something is written, so
+# the largest one must fit, however many workers there are; all of them together are what is advised.
 _REQUEST_RING, _RESPONSE_RING = 160 * _MIB, 240 * _MIB
 # What the processes take besides weights and cache: only in what is advised, not in what is refused.
 _PROCESSES = 1536 * _MIB
@@ -36,6 +39,7 @@ _PROCESSES = 1536 * _MIB
 _MIN_CAPABILITY, _MIN_CAPABILITY_INT4 = (7, 0), (7, 5)
 # The oldest Linux driver that runs any minor version of a CUDA release.
 _MIN_DRIVER = {11: (450, 80), 12: (525, 60), 13: (580, 65)}
+_GPU_COLUMNS = "name,compute_cap,memory.total,memory.free"
 _MULTIPLIERS = {
     **{"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12},
     **{"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40},
@@ -48,11 +52,12 @@ class PreflightError(Exception):
 
 @dataclass(frozen=True)
 class Gpu:
-    """capability: (major, minor); memory: total bytes."""
+    """capability: (major, minor); memory: total bytes; free: bytes of it, None where it is not told."""
 
     name: str
     capability: tuple[int, int]
     memory: int
+    free: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,8 +65,9 @@ class Facts:
     """The machine as this container sees it; sizes in bytes, None where it could not be told.
 
     driver: of NVIDIA, (major, minor); gpus: None where nvidia-smi did not answer in time; config: the model's
-    config.json, None where it is not there; read_only: the writable mounts that are not; model_problem: what
-    is wrong with the folder that the model is mounted at, or downloaded to.
+    config.json, None where it is not there; read_only: folders that must be writable and are not;
+    model_problem: what is wrong with the folder that the model is mounted at, or downloaded to; home: the
+    home folder where it is not writable, which no start needs.
     """
 
     gpu_visible: bool
@@ -73,11 +79,15 @@ class Facts:
     read_only: tuple[str, ...]
     config: Mapping[str, Any] | None
     model_problem: str = ""
+    home: str = ""
 
 
 def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts:
+    """Takes less than a second, or what the file system takes to open a file."""
+    deadline = time.monotonic() + _BUDGET_SECONDS
     cuda = manifest.device == "cuda"
     visible = any(node.exists() for node in _GPU_NODES)
+    query = _ask_for_gpus() if cuda and visible else None
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     nodes = [node for node in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", node.name)]
     config: dict[str, Any] | None = None
@@ -87,22 +97,28 @@ def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts
     with suppress(OSError):
         usage = os.statvfs(_SHM)
         shm_free = usage.f_bavail * usage.f_frsize
-    folders = dict.fromkeys((environ.get("TMPDIR", "/tmp"), environ.get("HOME")))  # noqa: S108
+    temporary, home = environ.get("TMPDIR", "/tmp"), environ.get("HOME", "")  # noqa: S108
+    model_problem = model_folder.problem(manifest, deadline)
     return Facts(
         gpu_visible=visible,
         gpu_count=len(chosen_gpus(nodes, chosen)),
         driver=parse_driver(_read("/proc/driver/nvidia/version")) if cuda else None,
-        gpus=_query_gpus(chosen) if cuda and visible else None,
+        gpus=_answer(query, chosen, deadline) if query else None,
         memory=memory_limit(
             _read("/proc/meminfo"),
             _read("/sys/fs/cgroup/memory.max"),
             _read("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
         ),
         shm_free=shm_free,
-        read_only=tuple(folder for folder in folders if folder and not os.access(folder, os.W_OK | os.X_OK)),
+        read_only=() if _is_writable(temporary) else (temporary,),
         config=config,
-        model_problem=model_folder.problem(manifest),
+        model_problem=model_problem,
+        home="" if not home or _is_writable(home) else home,
     )
+
+
+def _is_writable(folder: str) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
 
 
 def check(settings: Settings, facts: Facts, environ: Mapping[str, str]) -> None:
@@ -213,10 +229,22 @@ def _memory_problems(settings: Settings, facts: Facts, environ: Mapping[str, str
     tensor, pipeline = _parallel(settings)
     offloaded = settings.engine_value("--cpu-offload-gb") is not None
     share = weights // (tensor * pipeline)
-    for gpu in facts.gpus or ():
-        if share > gpu.memory and not offloaded:
+    asked = _utilization(settings)
+    # vLLM takes the first ones, unless it is told which. What others hold of the rest is no matter.
+    chosen = settings.engine_value("--device-ids") is not None
+    for gpu in () if chosen else (facts.gpus or ())[: tensor * pipeline]:
+        allowed = gpu.memory if asked is None else int(gpu.memory * asked)
+        free = gpu.memory if gpu.free is None else gpu.free
+        if asked is not None and allowed > free:  # vLLM refuses that as well
             yield (
-                f"the weights take {_size(share)} on each GPU, and the {gpu.name} has {_size(gpu.memory)}. "
+                f"--gpu-memory-utilization {asked:g} asks for {_size(allowed)} of the {gpu.name}, and "
+                f"{_size(free)} of it is free. Lower it, or end what else runs on that GPU."
+            )
+        if share > min(allowed, free) and not offloaded:
+            have = f"has {_size(gpu.memory)}" + (f", {_size(free)} of it free" if free < gpu.memory else "")
+            have += "" if asked is None else f"; --gpu-memory-utilization allows {_size(allowed)}"
+            yield (
+                f"the weights take {_size(share)} on each GPU, and the {gpu.name} {have}. "
                 "Spread them with --tensor-parallel-size over more GPUs (`--gpus all`), "
                 "or quantize the model."
             )
@@ -257,13 +285,14 @@ def parse_driver(version: str | None) -> tuple[int, int] | None:
 
 
 def parse_gpus(output: str) -> tuple[Gpu, ...] | None:
-    """From `nvidia-smi --query-gpu=name,compute_cap,memory.total --format=csv,noheader,nounits` (MiB)."""
+    """From nvidia-smi, asked for _GPU_COLUMNS without a header and units (MiB)."""
     gpus = []
     for line in output.splitlines():
         try:
-            name, capability, memory = (part.strip() for part in line.rsplit(",", 2))
+            name, capability, memory, free = (part.strip() for part in line.rsplit(",", 3))
             major, minor = capability.split(".")
-            gpus.append(Gpu(name, (int(major), int(minor)), int(memory) * _MIB))
+            left = int(free) * _MIB if free.isdigit() else None
+            gpus.append(Gpu(name, (int(major), int(minor)), int(memory) * _MIB, left))
         except ValueError:
             return None
     return tuple(gpus) or None
@@ -297,6 +326,12 @@ def cache_bytes(settings: Settings, environ: Mapping[str, str]) -> int:
         r"(\d+(?:\.\d+)?)([kKmMgGtT]?)", settings.engine_value("--kv-cache-memory-bytes") or ""
     )
     return int(float(found[1]) * _MULTIPLIERS.get(found[2], 1)) if found else 0
+
+
+def _utilization(settings: Settings) -> float | None:
+    """The share of a GPU's memory that is asked for; None where vLLM chooses, or refuses what is asked."""
+    text = settings.engine_value("--gpu-memory-utilization", "--device-memory-utilization") or ""
+    return float(text) if re.fullmatch(r"0?\.\d+|1(\.0+)?", text) else None
 
 
 def _parallel(settings: Settings) -> tuple[int, int]:
@@ -338,11 +373,19 @@ def _read(path: str) -> str | None:
         return None
 
 
-def _query_gpus(chosen: str | None) -> tuple[Gpu, ...] | None:
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader,nounits"]
+def _ask_for_gpus() -> subprocess.Popen[str] | None:
+    query = ["nvidia-smi", f"--query-gpu={_GPU_COLUMNS}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=_GPU_QUERY_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
         return None
-    gpus = parse_gpus(done.stdout)
+
+
+def _answer(query: subprocess.Popen[str], chosen: str | None, deadline: float) -> tuple[Gpu, ...] | None:
+    try:
+        output, _ = query.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        query.kill()  # and not waited for: one that hangs in the driver does not end even so
+        return None
+    gpus = parse_gpus(output) if query.returncode == 0 else None
     return None if gpus is None else tuple(chosen_gpus(gpus, chosen))

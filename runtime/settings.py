@@ -103,6 +103,14 @@ def _text(text: str) -> str:
     return text
 
 
+def _names(words: str | list[str]) -> tuple[str, ...]:
+    """From a flag, which takes several words, or a variable, which has spaces between them."""
+    names = tuple(words.split() if isinstance(words, str) else words)
+    if not names or not all(names):
+        raise ValueError("must not be empty")
+    return names
+
+
 def _port(text: str) -> int:
     number = _whole(text)
     if number > 65535:
@@ -147,12 +155,16 @@ def _switches(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Option:
-    """One setting, `--name` and COLDSTART_NAME. default None: the manifest's or none, see `load`."""
+    """One setting, `--name` and COLDSTART_NAME. default None: the manifest's or none, see `load`.
+
+    several: the flag takes one word or more, as vLLM's own does.
+    """
 
     name: str
-    parse: Callable[[str], Any]
+    parse: Callable[[Any], Any]
     default: Any
     help: str
+    several: bool = False
 
     @property
     def flag(self) -> str:
@@ -164,13 +176,19 @@ class Option:
 
     @property
     def attribute(self) -> str:
-        return self.name.replace("-", "_")
+        return self.name.replace("-", "_") + ("s" if self.several else "")
 
 
 OPTIONS = (
     Option("host", _text, "0.0.0.0", "Address to bind."),  # noqa: S104 - a container serves its network
     Option("port", _port, 8000, "Port to bind."),
-    Option("served-model-name", _text, None, "Name that clients use; the image's unless given."),
+    Option(
+        "served-model-name",
+        _names,
+        None,
+        "Name that clients use; the image's unless given. Of several, answers and metrics have the first.",
+        several=True,
+    ),
     Option(
         "drain-delay",
         _seconds,
@@ -261,14 +279,15 @@ class VllmArgument:
 class Settings:
     """What one start does. Seconds for every duration.
 
-    sources: attribute -> "flag", "environment", "image" or "default". mode_args: how the engine is run, and
-    recorded: whether that is as recorded when the image was built: see runtime/state.py.
+    served_model_names: all are accepted. sources: attribute -> "flag", "environment", "image" or "default".
+    mode_args: how the engine is run, and recorded: whether that is as recorded when the image was built: see
+    runtime/state.py; degraded: what else this start does without, and why.
     """
 
     manifest: Manifest
     host: str
     port: int
-    served_model_name: str
+    served_model_names: tuple[str, ...]
     drain_delay: float
     drain_timeout: float
     phase_timeout: Deadlines
@@ -283,6 +302,12 @@ class Settings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     mode_args: tuple[str, ...] = ()
     recorded: Mapping[str, str] = field(default_factory=dict)
+    degraded: tuple[str, ...] = ()
+
+    @property
+    def served_model_name(self) -> str:
+        """The one that answers and metrics have."""
+        return self.served_model_names[0]
 
     def vllm_args(self) -> list[str]:
         """The argument list for vLLM's own parser; the user's come last and win."""
@@ -290,7 +315,7 @@ class Settings:
             "--model",
             self.manifest.model_path,
             "--served-model-name",
-            self.served_model_name,
+            *self.served_model_names,
             *self.manifest.engine_args,
             *self.mode_args,
             *self.engine_args,
@@ -323,7 +348,7 @@ def load(
     _check_environment(environ)
     parser = _Parser(add_help=False, allow_abbrev=False)
     for option in OPTIONS:
-        parser.add_argument(option.flag)
+        parser.add_argument(option.flag, dest=option.attribute, nargs="+" if option.several else None)
     arguments = [_dashed(argument) for argument in argv]
     given, rest = parser.parse_known_args(arguments)
     _check_engine_args(rest, known)
@@ -343,8 +368,8 @@ def load(
             except ValueError as error:
                 raise SettingsError(f"{name} {error}, and is {text!r}") from None
         values[option.attribute], sources[option.attribute] = value, source
-    if values["served_model_name"] is None:
-        values["served_model_name"], sources["served_model_name"] = manifest.served_model_name, "image"
+    if values["served_model_names"] is None:
+        values["served_model_names"], sources["served_model_names"] = (manifest.served_model_name,), "image"
     settings = Settings(manifest=manifest, **values, engine_args=tuple(rest), sources=sources)
     _check_contradictions(settings, environ)
     return settings
@@ -469,7 +494,7 @@ def describe(
     rows = [
         {
             "name": option.flag,
-            "value": _shown(getattr(settings, option.attribute)),
+            "value": _shown(getattr(settings, option.attribute), " " if option.several else ","),
             "from": settings.sources[option.attribute],
         }
         for option in OPTIONS
@@ -502,10 +527,10 @@ def _masked(name: str, value: str) -> str:
     return re.sub(r"(://)[^/@\s]+@", r"\1***@", value)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, between: str = ",") -> str:
     """A setting's value as it would be given."""
     if isinstance(value, tuple):
-        return ",".join(value)
+        return between.join(value)
     return "" if value is None else str(value)
 
 

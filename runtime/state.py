@@ -35,6 +35,8 @@ CACHE_VARIABLES: Mapping[str, str] = {
     "DG_JIT_CACHE_DIR": "deep_gemm",
     "CUDA_CACHE_PATH": "cuda",
 }
+# Where vLLM keeps what torch compiled of the model, below the folders above.
+_COMPILED = "torch_compile_cache/"
 # Of any name for what is written anew at each use, or by whoever waits.
 _TRANSIENT = (".lock", ".tmp")
 
@@ -54,14 +56,23 @@ class Mode:
 
 @dataclass(frozen=True)
 class Recording:
-    """One recording as its recording.json has it. files: path below FILES -> (size in bytes, sha256)."""
+    """One recording as its recording.json has it.
+
+    files: path below FILES -> (size in bytes, sha256, time of change in ns of the epoch: ninja, by which
+    FlashInfer compiles, takes a library that is older than its sources for stale).
+    """
 
     folder: Path
     facts: Facts
     variables: tuple[str, ...]
     mode: Mode
-    files: Mapping[str, tuple[int, str]]
+    files: Mapping[str, tuple[int, str, int]]
     report: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def has_compiled_code(self) -> bool:
+        """Whether vLLM compiled the model when this was recorded."""
+        return any(_COMPILED in path for path in self.files)
 
     @classmethod
     def read(cls, folder: Path) -> Recording:
@@ -74,7 +85,10 @@ class Recording:
                 facts={str(name): str(value) for name, value in data["facts"].items()},
                 variables=tuple(data["variables"]),
                 mode=Mode(mode["name"], tuple(mode["engine_args"]), dict(mode["environment"])),
-                files={path: (int(size), str(digest)) for path, (size, digest) in data["files"].items()},
+                files={
+                    path: (int(size), str(digest), int(changed))
+                    for path, (size, digest, changed) in data["files"].items()
+                },
                 report=data["report"],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -142,7 +156,7 @@ def install(recording: Recording, target: Path) -> None:
         target.mkdir(parents=True)
         if os.statvfs(target).f_flag & os.ST_NOEXEC:
             raise StateError(f"{target.parent} is mounted noexec, and the recording is compiled code")
-        for path, (size, digest) in recording.files.items():
+        for path, (size, digest, changed) in recording.files.items():
             copy = target / path
             if Path(path).is_absolute() or ".." in Path(path).parts:
                 raise StateError(f"{path} is outside the recording")
@@ -151,6 +165,7 @@ def install(recording: Recording, target: Path) -> None:
                 raise StateError(f"{path} is damaged")
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(data)
+            os.utime(copy, ns=(changed, changed))
     except StateError:
         shutil.rmtree(target, ignore_errors=True)
         raise
@@ -159,11 +174,11 @@ def install(recording: Recording, target: Path) -> None:
         raise StateError(f"its files cannot be copied to {target}: {error.strerror or error}") from None
 
 
-def collect(root: Path) -> Iterator[tuple[str, bytes]]:
-    """(path, content) of every file below `root` that is worth keeping, sorted."""
+def collect(root: Path) -> Iterator[tuple[str, bytes, int]]:
+    """(path, content, time of change in ns) of every file below `root` that is worth keeping, sorted."""
     for path in sorted(root.rglob("*")):
         if path.is_file() and not path.name.endswith(_TRANSIENT):
-            yield str(path.relative_to(root)), path.read_bytes()
+            yield str(path.relative_to(root)), path.read_bytes(), path.stat().st_mtime_ns
 
 
 def cache_environment(root: Path) -> dict[str, str]:

@@ -12,24 +12,26 @@ import socket
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from runtime import faults, logs, modes, prefetch, processes, spans, state, switches, trace
+from runtime import faults, guard, logs, modes, preflight, processes, spans, state, switches, trace
 from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
-from runtime.lifecycle import Lifecycle, State
+from runtime.lifecycle import Lifecycle, State, describe_recording
 from runtime.phases import Phase, PhaseEvent, breakdown, now
-from runtime.settings import Settings
+from runtime.settings import KEY_VARIABLES, Settings
 from runtime.state import Recording
 from runtime.switches import Switch
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_SETTINGS = 2
+EXIT_PREFLIGHT = 3
 EXIT_FETCH = 4
 EXIT_FORCED = 6
 
@@ -47,8 +49,7 @@ class Supervisor:
     """One start, from the bound port to the exit code.
 
     listener: bound, and nobody accepts yet; it is closed in the end. started: epoch seconds of the
-    entrypoint's first line; parsed: when settings were read; recording: what the settings' mode comes from,
-    if any.
+    entrypoint's first line; parsed: when settings were read.
     """
 
     def __init__(
@@ -58,10 +59,13 @@ class Supervisor:
         *,
         started: float,
         parsed: tuple[float, float],
-        recording: Recording | None = None,
     ) -> None:
-        self._settings, self._listener, self._recording = settings, listener, recording
-        self._lifecycle = Lifecycle(started, logs.start_id(), recording=settings.recorded)
+        self._settings, self._listener = settings, listener
+        self._recording: Recording | None = None
+        self._has_home = True
+        self._folder: Path | None = None
+        self._events: socket.socket | None = None
+        self._lifecycle = Lifecycle(started, logs.start_id())
         self._record(Phase.CONFIG_PARSE, *parsed)
         self._exit = asyncio.Event()
         self._exit_code = EXIT_OK
@@ -79,26 +83,20 @@ class Supervisor:
     def run(self) -> int:
         code = self._run()
         # The last line: whoever reads a log from its end finds the reason first.
-        _log(f"exit {code}: {self._reason}")
+        logs.say(f"exit {code}: {self._reason}", "error" if code else "info")
         return code
 
     def _run(self) -> int:
         processes.adopt_orphans()
-        # Until the loop handles them, signals wait: the entrypoint's handler would leave the folder behind.
+        # Until the loop handles them, signals wait: the entrypoint's handler would say nothing.
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         with self._listener as listener:
             try:
-                folder = tempfile.mkdtemp(prefix="coldstart-")
-            except OSError as error:
-                self._reason = faults.with_next_step(f"cannot make a temporary folder: {error.strerror}")
-                return EXIT_FAILED
-            # Whatever the engine's processes put beside it goes with it.
-            os.environ["TMPDIR"] = tempfile.tempdir = folder
-            try:
-                return asyncio.run(self._main(listener, Path(folder)))
+                return asyncio.run(self._main(listener))
             finally:
                 self._end_processes()
-                shutil.rmtree(folder, ignore_errors=True)
+                if self._folder is not None:
+                    shutil.rmtree(self._folder, ignore_errors=True)
 
     def _end_processes(self) -> None:
         """Nothing of ours survives us: no process, no shared memory."""
@@ -107,29 +105,21 @@ class Supervisor:
         for path in self._shared_memory:
             path.unlink(missing_ok=True)
 
-    async def _main(self, listener: socket.socket, folder: Path) -> int:
+    async def _main(self, listener: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         for number in _SIGNALS:
             loop.add_signal_handler(number, self._on_signal)
-        loop.add_signal_handler(signal.SIGCHLD, processes.reap)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
         self._front = Front(listener, self._lifecycle)
         self._front.open()
         self._record(Phase.SERVER_BIND, self._lifecycle.started, now())
-        manifest = self._settings.manifest
-        # What is downloaded, and verified, is read by that.
-        shards = manifest.shards if manifest.weights != "download" else ()
-        if Switch.READ_AHEAD.on:
-            prefetch.start(Path(manifest.model_path), shards, state.folder())
-        _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
-        with _event_socket(folder) as self._events:
-            events = self._events
-            loop.add_reader(events.fileno(), self._on_event, events)
-            starter = loop.create_task(self._start_engine(listener))
-            watchdog = loop.create_task(self._watch_progress())
-            await self._exit.wait()
-            watchdog.cancel()
-            loop.remove_reader(events.fileno())
+        starter = loop.create_task(self._start(listener))
+        watchdog = loop.create_task(self._watch_progress())
+        await self._exit.wait()
+        watchdog.cancel()
+        if self._events is not None:
+            loop.remove_reader(self._events.fileno())
+            self._events.close()
         if self._lifecycle.state is not State.FAILED:
             self._lifecycle.move(State.STOPPED, self._reason)
         self._end_processes()  # also ends a starter that waits for the template
@@ -140,10 +130,59 @@ class Supervisor:
         )  # the loop's handlers go with it; what is left is ours
         return self._exit_code
 
-    async def _start_engine(self, listener: socket.socket) -> None:
+    async def _start(self, listener: socket.socket) -> None:
+        """Nobody waits for this task, so whatever it raises is told here."""
         begun = now()
-        await asyncio.to_thread(self._use_recording)
-        self._record(Phase.CONFIG_PARSE, begun, now())
+        self._lifecycle.begin(Phase.CONFIG_PARSE, os.getpid(), begun)
+        try:
+            await asyncio.to_thread(self._look)
+            if self._exit.is_set():
+                return
+            # Not before: whoever reaps takes the exit code of what preflight has asked.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, processes.reap)
+            self._make_folder()
+            _log(f"listening on {self._settings.host}:{self._settings.port}, starting the engine")
+            for reason in self._settings.degraded:
+                _log(reason)
+            await asyncio.to_thread(self._use_recording)
+            self._record(Phase.CONFIG_PARSE, begun, now())
+            if not self._exit.is_set():
+                await self._start_engine(listener)
+        except preflight.PreflightError as error:
+            if not self._exit.is_set():
+                self._exit_code, self._reason = EXIT_PREFLIGHT, str(error)
+                self._exit.set()
+        except Exception as error:
+            await self._fail(f"the engine cannot be started: {type(error).__name__}: {error}")
+
+    def _look(self) -> None:
+        """Preflight, and which recording fits. For a thread, so that probes are answered meanwhile.
+
+        Raises PreflightError.
+        """
+        facts = preflight.gather(self._settings.manifest)
+        settings, self._recording = modes.find_recording(self._settings, facts, os.environ)
+        preflight.check(settings, facts, os.environ)
+        self._has_home = not facts.home
+        if facts.home:
+            reason = f"{facts.home}, the home folder, is not writable: caches are kept for this start only"
+            settings = replace(settings, degraded=(*settings.degraded, reason))
+        self._settings = settings
+        self._lifecycle.recording, self._lifecycle.degraded = settings.recorded, settings.degraded
+        os.environ.update(guard.loopback_environment(settings.vllm_args(), os.environ))
+        for name in KEY_VARIABLES:  # the key is for the API process alone
+            os.environ.pop(name, None)
+
+    def _make_folder(self) -> None:
+        """For whatever the engine's processes put beside our socket; it goes with them. Raises OSError."""
+        self._folder = Path(tempfile.mkdtemp(prefix="coldstart-"))
+        os.environ["TMPDIR"] = tempfile.tempdir = str(self._folder)
+        if not self._has_home:
+            os.environ["HOME"] = str(self._folder)
+        self._events = _event_socket(self._folder)
+        asyncio.get_running_loop().add_reader(self._events.fileno(), self._on_event, self._events)
+
+    async def _start_engine(self, listener: socket.socket) -> None:
         fetching = None
         if self._settings.manifest.weights == "download":
             fetching = asyncio.create_task(self._fetch(processes.start_fetch()))
@@ -164,9 +203,10 @@ class Supervisor:
         try:
             return await asyncio.to_thread(self._fork_engine, listener, theirs)
         except (OSError, EOFError) as error:
-            self._on_event(self._events)  # what it said before it ended
             if self._exit.is_set():
                 return None
+            assert self._events is not None
+            self._on_event(self._events)  # what it said before it ended
             if not self._no_fork or not Switch.TEMPLATE.on:
                 await self._fail(f"the process that imports vLLM died ({error!r})")
                 return None
@@ -250,6 +290,8 @@ class Supervisor:
             return
         if kind == "ready":
             self._hand_over()
+        elif kind == "accepting":
+            self._tell_ready()
         elif kind == "closing":  # the engine stopped accepting; what still arrives gets a 503 from us
             self._front.open()
         elif kind == "failed":
@@ -271,10 +313,14 @@ class Supervisor:
         self._lifecycle.move(State.READY)
         self._channel.send(("accept", self._lifecycle.events))
         self._spawn(self._note_shared_memory())
-        ready_at = self._lifecycle.ready_at or now()
-        _log(breakdown(self._lifecycle.events, self._lifecycle.started, ready_at))
         if spans.wanted():
-            self._export_spans(ready_at)
+            self._export_spans(self._lifecycle.ready_at or now())
+
+    def _tell_ready(self) -> None:
+        """The last line of a start: the engine has said what it says at its own."""
+        ready_at = self._lifecycle.ready_at or now()
+        told = breakdown(self._lifecycle.events, self._lifecycle.started, ready_at)
+        _log(f"{told}; {describe_recording(self._lifecycle.recording)}")
 
     async def _note_shared_memory(self) -> None:
         """While the engine still has it mapped: killed processes do not tell."""
@@ -369,7 +415,11 @@ class Supervisor:
 def _event_socket(folder: Path) -> socket.socket:
     path = str(folder / "events.sock")
     receiver = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-    receiver.bind(path)
+    try:
+        receiver.bind(path)
+    except OSError:
+        receiver.close()
+        raise
     receiver.setblocking(False)
     os.environ[trace.SOCKET_VARIABLE] = path
     return receiver

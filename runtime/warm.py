@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime import fingerprint, golden, logs, modes, record, state
+from runtime import deferred, fingerprint, golden, logs, modes, record, state
 from runtime.modes import Measured
 from runtime.phases import Phase
 from runtime.prefetch import FILE_LIST
@@ -38,6 +38,8 @@ from runtime.switches import Switch
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60
 EXIT_WRONG = 1
+# What touches weights or KV cache, and could make an answer wrong: the reference goes without.
+_COULD_BE_WRONG = (Switch.BYTEWISE_REPACK, Switch.LAZY_KV_CACHE, Switch.SHORT_WARMUP)
 
 
 class WarmError(Exception):
@@ -79,11 +81,9 @@ class _Warm:
     def run(self, insisted: Mode | None) -> None:
         if insisted:
             chosen = insisted
-            if insisted != modes.reference():
-                self._hold_to_eager(insisted)
+            self._hold_to_eager(insisted)
         else:
-            candidates = modes.candidates(self._settings)
-            chosen = self._compare(candidates).mode if candidates else modes.reference()
+            chosen = self._compare(modes.candidates(self._settings)).mode
         self._report["chosen"] = chosen.name
         logs.say(f"warm: recording a start: {chosen.name}")
         self._record(chosen)
@@ -109,16 +109,19 @@ class _Warm:
             "against_eager": gain,
             "against_fastest": loss,
         }
-        logs.say(
-            f"warm: --optimize {optimize} serves with {chosen.mode.name}: {chosen.rate:.0f} tokens/s, "
+        others = (
             f"{gain:+.0%} against eager, {loss:+.0%} against the fastest that answers right "
             f"({fastest.mode.name})"
+            if candidates
+            else "no other way was tried: `coldstart prewarm IMAGE --mode NAME` measures one, in minutes"
         )
+        served = f"{chosen.mode.name}: {chosen.rate:.0f} tokens/s"
+        logs.say(f"warm: --optimize {optimize} serves with {served}; {others}")
         return chosen
 
     def _hold_to_eager(self, mode: Mode) -> None:
         eager = self._refer(modes.reference(mode))
-        measured = self._try(mode)
+        measured = eager if mode == eager.mode else self._try(mode)
         if measured is None:
             raise WarmError(f"--mode {mode.name} is refused, see above")
         self._report |= {
@@ -137,7 +140,7 @@ class _Warm:
             return None
 
     def _refer(self, mode: Mode) -> Measured:
-        with self._server(mode):
+        with self._server(mode, off=_COULD_BE_WRONG):
             self._chat = golden.has_chat(self._url, self._settings.served_model_name)
             self._golden[mode.name] = self._ask()
             return self._measure(mode)
@@ -160,13 +163,9 @@ class _Warm:
 
     def _record(self, mode: Mode) -> None:
         """Write the recording of `mode`, start from it, and prove that the start used it."""
-        answers = self._golden.get(modes.reference(mode).name)
-        if not self._cache(mode).is_dir():
-            with self._server(mode):
-                self._ask_once()
+        answers = self._golden[modes.reference(mode).name]
         recording = self._write(mode, self._cache(mode))
-        if answers:
-            golden.write(recording.folder / golden.FILE, answers)
+        golden.write(recording.folder / golden.FILE, answers)
         environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
         with self._server(None, environment) as pid:
             startup = golden.get(f"{self._url}/startup")
@@ -175,14 +174,19 @@ class _Warm:
             compiled = [event["detail"] for event in startup["phases"] if event["phase"] == Phase.COMPILE]
             if missed := [detail for detail in compiled if not detail.startswith("loaded")]:
                 raise WarmError(f"vLLM compiled again what was recorded ({missed[0]})")
-            if answers:
-                said = golden.compare(answers, self._ask())
-                if not said.ok:
-                    raise WarmError(f"a start from the recording {said.describe()}")
-                self._report["golden"] = said.to_json()
-            else:
-                self._ask_once()
+            if recording.has_compiled_code and not compiled:
+                # No news is no proof.
+                raise WarmError("vLLM does not say that it loaded the compiled code that was recorded")
+            # Before the golden prompts, whose log-probabilities have vLLM import torch's compiler.
+            self._ask_once()
             self._write_file_list(pid)
+            touched = self._touched()
+            said = golden.compare(answers, self._ask())
+            if not said.ok:
+                raise WarmError(f"a start from the recording {said.describe()}")
+            self._report["golden"] = said.to_json()
+        if touched is not None:
+            (self._output / deferred.TOUCHED).write_text(touched)
         self._report |= {"loaded": compiled, "ready_seconds": startup["elapsed"]}
         replace(recording, report=self._report).write()
 
@@ -193,14 +197,14 @@ class _Warm:
         )
         folder = self._output / state.RECORDINGS / state.key(here)
         shutil.rmtree(folder, ignore_errors=True)
-        files: dict[str, tuple[int, str]] = {}
+        files: dict[str, tuple[int, str, int]] = {}
         for variable_folder in sorted(set(state.CACHE_VARIABLES.values())):
-            for path, data in state.collect(cache / variable_folder):
+            for path, data, changed in state.collect(cache / variable_folder):
                 name = f"{variable_folder}/{path}"
                 target = folder / state.FILES / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(data)
-                files[name] = (len(data), hashlib.sha256(data).hexdigest())
+                files[name] = (len(data), hashlib.sha256(data).hexdigest(), changed)
         folder.mkdir(parents=True, exist_ok=True)
         recording = Recording(folder, here, names, mode, files, self._report)
         recording.write()
@@ -211,15 +215,21 @@ class _Warm:
         return self._folder / mode.name
 
     @contextmanager
-    def _server(self, mode: Mode | None, environment: Mapping[str, str] | None = None) -> Iterator[int]:
-        """A server while the block runs; its pid. mode: none, to start as the image would."""
+    def _server(
+        self,
+        mode: Mode | None,
+        environment: Mapping[str, str] | None = None,
+        off: Sequence[Switch] = (),
+    ) -> Iterator[int]:
+        """A server while the block runs; its pid. mode: none, to start as the image would; off: without."""
         variables = {**os.environ, "COLDSTART_DRAIN_DELAY": "0", **(environment or {})}
         arguments = list(self._argv)
         if mode is not None:
             cache = self._cache(mode)
             cache.mkdir()
-            off = ",".join(filter(None, (variables.get(OFF), Switch.RECORDING.label)))
-            variables |= {**mode.environment, **state.cache_environment(cache), OFF: off}
+            labels = [switch.label for switch in (Switch.RECORDING, *off)]
+            variables |= {**mode.environment, **state.cache_environment(cache)}
+            variables[OFF] = ",".join(filter(None, (variables.get(OFF), *labels)))
             variables[record.VARIABLES_VARIABLE] = str(cache / record.VARIABLES)
             arguments = [*mode.engine_args, *arguments]
         server = subprocess.Popen([sys.executable, "-m", "runtime", "serve", *arguments], env=variables)
@@ -244,9 +254,18 @@ class _Warm:
         return True
 
     def _ask_once(self) -> None:
-        """One request, so that what is only loaded for the first one is recorded too."""
-        body = {"model": self._settings.served_model_name, "prompt": "Hello", "max_tokens": 4}
-        golden.post(f"{self._url}/v1/completions", body)
+        """What an ordinary first request is, so that what is only loaded for it is recorded too."""
+        body: dict[str, Any] = {"model": self._settings.served_model_name, "max_tokens": 4}
+        golden.post(f"{self._url}/v1/completions", {**body, "prompt": "Hello"})
+        if self._chat:
+            messages = [{"role": "user", "content": "Hello"}]
+            golden.post(f"{self._url}/v1/chat/completions", {**body, "messages": messages})
+
+    def _touched(self) -> str | None:
+        """Which deferred modules were needed so far; None where nothing is deferred."""
+        with suppress(OSError):
+            return (self._output / deferred.TOUCHED).read_text()
+        return None
 
     def _write_file_list(self, server: int) -> None:
         """Libraries first, since the first import needs the largest; then files in order of opening."""

@@ -5,10 +5,12 @@ argv: one JSON list of scenarios; prints one JSON list of results as its last li
 """
 
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -60,16 +62,29 @@ def processes() -> dict[int, str]:
     return found
 
 
-def listening() -> list[int]:
-    """Ports that somebody listens on."""
-    ports = []
+def listening() -> set[tuple[str, int]]:
+    """Addresses and ports that somebody listens on."""
+    found = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A":
-                    ports.append(int(fields[1].rsplit(":", 1)[1], 16))
-    return ports
+                local, state = (line.split()[index] for index in (1, 3))
+                if state == "0A":
+                    address, port = local.split(":")
+                    found.add((str(ip_address(address)), int(port, 16)))
+    return found
+
+
+def ip_address(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Of /proc/net/tcp: words of 32 bits, each in this machine's order of bytes."""
+    words = [int(text[start : start + 8], 16) for start in range(0, len(text), 8)]
+    address = ipaddress.ip_address(struct.pack(f"={len(words)}I", *words))
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def reachable() -> list[int]:
+    """Ports that are open to others than this container."""
+    return sorted({port for address, port in listening() if not ipaddress.ip_address(address).is_loopback})
 
 
 def traces() -> dict[str, set[Any]]:
@@ -77,7 +92,7 @@ def traces() -> dict[str, set[Any]]:
         "processes": {pid for pid in processes() if pid != os.getpid()},
         "files": {str(path) for path in Path("/tmp").iterdir() if path.name not in KEPT},
         "shared_memory": set(Path("/dev/shm").iterdir()),
-        "ports": set(listening()),
+        "ports": listening(),
     }
 
 
@@ -171,14 +186,14 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
     healths: set[int] = set()
     details: set[str] = set()
     resident = 0
-    answer, phases = None, []
+    answer, phases, ports = None, [], []
     begun = time.monotonic()
     while process.poll() is None:
         if time.monotonic() - begun > LIMIT:
             process.kill()
         startup = get("/startup")
         if startup and fault_at is None:
-            details.add(startup[1]["detail"])
+            details |= {startup[1]["detail"], *(row["detail"] for row in startup[1]["running"])}
             with contextlib.suppress(OSError, StopIteration):
                 status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
                 rss = next(line for line in status if line.startswith("VmHWM"))
@@ -186,6 +201,7 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
             if when and reached(startup, when, process.pid):
                 phases = startup[1]["phases"]
                 answer = complete() if when == SERVING else None
+                ports = reachable()
                 if act_on:
                     act(act_on, process, startup[1])
                 fault_at = time.monotonic()
@@ -209,6 +225,7 @@ def run(scenario: dict[str, Any], folder: Path) -> dict[str, Any]:
         "details": sorted(details),
         "answer": answer,
         "phases": phases,
+        "reachable": ports,
         "resident_kib": resident,
         "left": {kind: sorted(map(str, after[kind] - before[kind])) for kind in after},
         "zombies": [pid for pid, text in processes().items() if text.endswith("Z")],

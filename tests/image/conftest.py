@@ -22,6 +22,7 @@ from builder.build import cache_folder
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 from builder.quantize import ensure_environment, job_environment
 from builder.report import SilentReporter
+from tests.models import write_llama
 
 ASK = Path(__file__).parent / "ask.py"
 # Of the images that are built; another one keeps two suites on one engine apart.
@@ -29,6 +30,8 @@ PREFIX = os.environ.get("COLDSTART_TEST_PREFIX", "coldstart-test")
 READY_SECONDS = 300
 # A short context keeps the KV cache's bookkeeping small; the shortest drain that still is one.
 ENGINE_ARGS = ("--max-model-len", "2048")
+# Of the tiny model.
+TINY_ARGS = ("--max-model-len", "512", "--kv-cache-memory-bytes", "100000000")
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ def base() -> str:
 
 @pytest.fixture(scope="session")
 def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[..., Any]]:
-    """build(tag, *flags) -> the JSON of `coldstart build`; the tags are removed at the end.
+    """build(tag, *flags) -> the JSON of `coldstart build`, and what it told as `stderr`; the tags are removed
+    at the end.
 
     folder: another model than the real one; started once here only when a flag asks for that.
     """
@@ -165,7 +169,7 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
         )
         assert done.code == 0, done.err
         tags.append(tag)
-        return done.json
+        return {**done.json, "stderr": done.err}
 
     yield run
     for tag in dict.fromkeys(tags):
@@ -175,6 +179,12 @@ def build(engine: DockerEngine, model: str, base: str) -> Iterator[Callable[...,
 @pytest.fixture(scope="session")
 def plain(build: Callable[..., Any]) -> Any:
     return build("smollm2:plain", "--prewarm")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that divides by two workers."""
+    return write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", Path(model), shards=3)
 
 
 @pytest.fixture(scope="session")
@@ -235,7 +245,7 @@ def bare(request: pytest.FixtureRequest) -> Iterator[Callable[..., dict[str, Any
         results = {result["name"]: result for result in json.loads(output.strip().rpartition("\n")[2])}
         for result in results.values():
             print({key: value for key, value in result.items() if key not in ("log", "phases")})
-        _record(request.node.name, results)
+        record_ends(request.node.name, results)
         return results
 
     yield run
@@ -243,7 +253,8 @@ def bare(request: pytest.FixtureRequest) -> Iterator[Callable[..., dict[str, Any
         _docker("rm", "--force", "--volumes", container)
 
 
-def _record(test: str, results: dict[str, Any]) -> None:
+def record_ends(test: str, results: dict[str, Any]) -> None:
+    """results: by scenario, exit code, last line and the seconds from the fault to the end."""
     path = os.environ.get("COLDSTART_TEST_RECORD")
     if path:
         with Path(path).open("a") as file:

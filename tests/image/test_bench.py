@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,17 +17,18 @@ from typing import Any
 import docker
 import pytest
 
-from benchmarks import page_cache
+from benchmarks import client, page_cache
 from benchmarks.docker_host import DockerHost
 from benchmarks.harness import Conditions, run_benchmark
 from benchmarks.layout import waterfall
-from benchmarks.schema import BenchResult, Run, State
-from builder.docker_engine import DockerEngine
+from benchmarks.schema import BenchResult, MeasuredPhase, Run, State
+from builder.docker_engine import Container, DockerEngine
 from builder.errors import InputError
 from builder.render import ContextFile, Rendered
 from builder.report import SilentReporter
 from runtime.phases import Phase
 from tests.image.conftest import PREFIX, coldstart
+from tests.unit.metronome import Metronome
 
 ROOT = Path(__file__).parents[2]
 NO_LABEL = "dev.coldstart.test=none"  # nothing to tell apart
@@ -278,6 +280,7 @@ def test_a_container_that_does_not_serve_is_told_and_gone(
     how: str, told: str, bad_server: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "r.json"
+    before = _every_volume()
     done = coldstart(
         "bench", bad_server, "--runs", "1", "--env", f"HOW={how}", "--timeout", "6", "--json", str(path)
     )
@@ -287,6 +290,96 @@ def test_a_container_that_does_not_serve_is_told_and_gone(
     assert told in run.error
     assert how != "dies" or "no such device" in run.log_tail
     assert docker.from_env().containers.list(all=True, filters={"ancestor": bad_server}) == []
+    assert _every_volume() == before
+
+
+def _every_volume() -> set[str]:
+    """Anonymous ones too."""
+    return {volume.name for volume in docker.from_env().volumes.list()}
+
+
+# Accuracy: a real container, engine, log and sampler around a server whose phases are sleeps.
+
+_PLAN = {"address": ["0.0.0.0", 8000], "startup": "missing", "vllm_log": True, "stamps": False}
+_PLAN |= {"ready_after": None, "record": True, "token_seconds": 0.06}
+_TOLERANCE_SECONDS = 0.020
+
+
+@pytest.fixture(scope="module")
+def known_server(engine: DockerEngine, base: str) -> Iterator[str]:
+    """The stub of bench's unit tests, which logs as vLLM does and knows what it slept."""
+    tag = f"{PREFIX}/known:1"
+    command = ["python3", "-S", "/stub/bench_stub_server.py", json.dumps(_PLAN)]
+    text = (
+        f"FROM {base}\nCOPY bench_stub_server.py metronome.py /stub/\nEXPOSE 8000\n"
+        f"ENTRYPOINT {json.dumps(command)}\n"
+    )
+    names = ("bench_stub_server.py", "metronome.py")
+    files = tuple(ContextFile(name, (ROOT / "tests/unit" / name).read_bytes()) for name in names)
+    engine.build(Rendered(text, files), tag, label=NO_LABEL, platform=None, reporter=SilentReporter())
+    yield tag
+    engine.remove_image(tag)
+
+
+class _Asking(DockerHost):
+    """Knows which container it started last. As a watcher asks that for what it recorded of its start."""
+
+    follows_log = False
+
+    def __init__(self, engine: DockerEngine) -> None:
+        super().__init__(engine)
+        self.recorded: list[list[tuple[str, str, float, float]]] = []
+        self._last: Container | None = None
+
+    def start(self, image: str, **options: Any) -> Container:
+        self._last = super().start(image, **options)
+        return self._last
+
+    def begin(self, image: str) -> None: ...
+
+    def poll(self, phase: Phase | None) -> None: ...
+
+    def follow(self, phases: Sequence[MeasuredPhase]) -> None: ...
+
+    def answered(self) -> None:
+        assert self._last is not None
+        self.recorded.append(json.loads(client.get(self._last.host_port(), "/recorded", 5.0).body))
+
+    def end(self, run: Run) -> None: ...
+
+
+def test_every_phase_of_a_real_container_is_within_20_ms_of_what_its_server_recorded(
+    known_server: str, engine: DockerEngine
+) -> None:
+    """By the stamps of Docker's log. Beyond that only what a thread that merely sleeps saw the machine stall.
+
+    When a process began, only the kernel knows; the server's first look at the clock comes after that.
+    """
+    host, mine = _Asking(engine), Metronome()
+    result = run_benchmark(
+        *(host, [known_server], 3), reporter=SilentReporter(), save=lambda _: None, watcher=host, timeout=60
+    )
+    errors = []
+    for run, recorded in zip(result.runs, host.recorded, strict=True):
+        assert run.ok, run.error
+        assert run.warnings == ()
+        assert run.sampler_cpu_seconds is not None
+        assert (run.adapter, run.phases_from) == ("vllm_log", "log")
+        theirs = {(name, process): (begin, end) for name, process, begin, end in recorded}
+        stalled = max(mine.worst, theirs.pop(("stalled", "machine"))[1])
+        within = _TOLERANCE_SECONDS + stalled
+        first_look = theirs.pop(("container_start", "client"))[1]
+        (born,) = of(run, Phase.CONTAINER_START)
+        assert run.created_at == born.start < born.end < first_look + within
+        assert len(theirs) == 10
+        for (name, process), (begin, end) in theirs.items():
+            (event,) = (e for e in run.phases if (e.phase, e.process) == (name, process))
+            assert event.end == pytest.approx(end, abs=within), (name, process)
+            if (name, process) != ("engine_import", "APIServer"):  # it begins with the process
+                assert event.start == pytest.approx(begin, abs=within), (name, process)
+            errors.append(abs(event.end - end))
+        assert run.wall_seconds == pytest.approx(run.total_seconds, abs=within)
+    print(f"the ends of phases are {max(errors):.4f} s off at most; the machine stalled {mine.worst:.4f} s")
 
 
 def test_the_page_cache_of_an_image_is_found_and_controlled(tiny: str, engine: DockerEngine) -> None:

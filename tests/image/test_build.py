@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 
-from builder.docker_engine import Container, DockerEngine
+from benchmarks.schema import BenchResult
+from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 from builder.render import Rendered
 from builder.report import SilentReporter
-from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, wait_ready
+from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, get, wait_until
 from tests.models import write_model
 
 NO_LABEL = "dev.coldstart.test=none"  # these Dockerfiles leave nothing to tell apart
@@ -121,8 +122,25 @@ def test_split_weights_answer_as_the_whole(
     assert len(sizes[1]) >= 5
     assert max(sizes[1]) <= limit
     container = start(split["tag"])
-    wait_ready(container)
+    details: set[str] = set()
+
+    def is_ready() -> bool:
+        try:
+            startup = get(container, "/startup")
+        except OSError:
+            return False
+        loads = [row for row in startup.json["running"] if row["phase"] == "weight_load"]
+        details.update(row["detail"] for row in loads)
+        return startup.status == 200
+
+    wait_until(is_ready, container)
     assert ask(container)["chat"] == "The capital of France is Paris."
+    # How far it is, while it loads.
+    told = [re.fullmatch(r"shard (\d+) of (\d+), \d+ of \d+ MB", detail) for detail in details - {""}]
+    assert told
+    for found in told:
+        assert found, details
+        assert 1 <= int(found[1]) <= int(found[2]) == len(sizes[1])
 
 
 def test_no_package_cache_is_in_the_image(plain: Any, engine: DockerEngine) -> None:
@@ -416,13 +434,45 @@ def test_ctrl_c_while_quantizing_leaves_nothing(model: str, base: str, tmp_path:
     assert jobs.stdout == ""
 
 
-def test_ctrl_c_while_benchmarking_leaves_no_container(plain: Any, tmp_path: Path) -> None:
-    before = _containers()
+@pytest.mark.parametrize("sign", ["", "->8000/tcp"], ids=["any container", "the server"])
+def test_ctrl_c_while_benchmarking_leaves_nothing(sign: str, plain: Any, tmp_path: Path) -> None:
+    """The first container prepares the volume of a cold cache; the server is the one with a port."""
+    before = _everything()
     path = tmp_path / "bench.json"
-    code, text = _interrupt_at("Benchmark …", "bench", plain["tag"], "--json", str(path))
-    assert code == 130, text
+    command = [str(Path(sys.executable).parent / "coldstart"), "bench", plain["tag"], "--json", str(path)]
+    command += ["--compile-cache", "cold"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        while not any(sign in ports for ports in _running_since(before[0])):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        text = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, text
+    assert "interrupted" in text
     assert "Traceback" not in text
-    assert _containers() == before
+    assert _everything() == before
+    assert not path.exists() or BenchResult.model_validate_json(path.read_text()).runs
+
+
+def _everything() -> tuple[set[str], ...]:
+    """Containers, volumes and networks of the engine."""
+    kinds = (("ps", "-a", "--no-trunc"), ("volume", "ls"), ("network", "ls", "--no-trunc"))
+    lists = (
+        subprocess.run(["docker", *kind, "-q"], capture_output=True, text=True, check=True) for kind in kinds
+    )
+    return tuple(set(found.stdout.split()) for found in lists)
+
+
+def _running_since(before: set[str]) -> list[str]:
+    """The published ports of each running container of ours that was not there before."""
+    found = subprocess.run(
+        ["docker", "ps", "--no-trunc", "--format", "{{.ID}};{{.Names}};{{.Ports}}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = [line.split(";") for line in found.stdout.splitlines()]
+    return [ports for id, name, ports in rows if id not in before and name.startswith(CONTAINER_PREFIX)]
 
 
 def test_bench_times_both_images_and_keeps_raw_samples(plain: Any, awq: Any, tmp_path: Path) -> None:

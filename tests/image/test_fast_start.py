@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from builder.docker_engine import Container, DockerEngine
 from runtime.switches import LABELS
 from tests.image.conftest import PREFIX, ask, coldstart, get, wait_ready
+from tests.models import write_llama
 
 _LOOK = """
 import json, os
@@ -214,6 +216,36 @@ def test_every_module_has_bytecode(plain: Any, start: Callable[..., Container]) 
     missing = _json(container, ["python3", "-c", _BYTECODE])
     # Written for a newer Python: no interpreter of the image can compile it.
     assert [path for path in missing if "/py312_" not in path] == []
+
+
+def test_a_base_without_bytecode_gets_it(
+    build: Callable[..., Any],
+    start: Callable[..., Container],
+    base: str,
+    engine: DockerEngine,
+    tmp_path: Path,
+) -> None:
+    """As some installers leave it: `uv pip install` compiles nothing by default."""
+    bare = f"{PREFIX}/base:without-bytecode"
+    dockerfile = (
+        f"FROM {base}\nRUN rm -r $(python3 -c 'import uvicorn; print(uvicorn.__path__[0])')/__pycache__\n"
+    )
+    done = subprocess.run(
+        ["docker", "build", "-q", "-t", bare, "-"],
+        input=dockerfile,
+        env={**os.environ, "DOCKER_BUILDKIT": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    try:
+        model = write_llama(tmp_path / "tiny-llama", Path(os.environ["COLDSTART_TEST_MODEL"]))
+        container = start(build("tiny:bytecode", folder=model, base=bare)["tag"])
+        missing = _json(container, ["python3", "-c", _BYTECODE])
+        assert [path for path in missing if "/uvicorn/" in path] == []
+    finally:
+        engine.remove_image(bare)
 
 
 _BYTECODE = """

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import subprocess
-import uuid
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.docker_engine import CONTAINER_PREFIX, Container
-from tests.image.conftest import wait_ready
+from benchmarks import client
+from benchmarks.sampler import Cgroup, read_process
+from builder.docker_engine import Container
+from builder.errors import ColdstartError
+from tests.image.conftest import TINY_ARGS, get, record_ends, wait_ready
 from tests.image.test_shutdown import NOTHING
-from tests.models import write_llama
 
 _HANG_SECONDS = 30
+_END_SECONDS = 240
 _DAMAGED = "The weights are damaged or do not fit config.json: copy them again, or build the image again."
 _DEAD = ("the engine core or a worker of it died", "output above")
 _MORE_MEMORY = "Raise the container's memory limit"
@@ -96,15 +101,17 @@ def test_full_shared_memory(tiny: Any, bare: Callable[..., dict[str, Any]]) -> N
     _check(results, {"shared memory": ("Insufficient space in /dev/shm", "--shm-size")})
 
 
+def test_a_disk_that_fills_up_while_it_starts(tiny: Any, bare: Callable[..., dict[str, Any]]) -> None:
+    """vLLM's processes meet through a file in /tmp, which the engine core makes after that."""
+    scenario = {"name": "disk", "when": "config_parse", "act": "FILL /tmp"}
+    results = bare(tiny["tag"], [scenario], "--tmpfs", "/tmp:exec,size=32m")
+    _check(results, {"disk": ("No space left on device", "Free the disk")})
+
+
 @pytest.fixture(scope="module")
-def tiny(build: Callable[..., Any], model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def tiny(build: Callable[..., Any], tiny_folder: Path) -> Any:
     """An image whose model divides by two workers."""
-    folder = write_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama", Path(model), shards=3)
-    return build(
-        "tiny:tp",
-        folder=folder,
-        engine_args=("--max-model-len", "512", "--kv-cache-memory-bytes", "100000000"),
-    )
+    return build("tiny:tp", folder=tiny_folder, engine_args=TINY_ARGS)
 
 
 def test_two_workers_serve_and_a_killed_one_ends_the_server(
@@ -120,29 +127,45 @@ def test_two_workers_serve_and_a_killed_one_ends_the_server(
         tiny["tag"],
         [
             {"name": "stopped", **start, "act": "SIGTERM"},
+            {"name": "stopped early", **start, "when": "weight_load", "act": "SIGTERM"},
             {"name": "worker killed", **start, "act": "SIGKILL worker 1"},
             {"name": "core killed", **start, "act": "SIGKILL EngineCore"},
         ],
         *("--shm-size", "1g"),
     )
+    for name in ("stopped", "stopped early"):
+        assert results[name]["reached"], (name, results[name]["log"])
+        assert results[name]["code"] == 0, (name, results[name]["log"])
+        assert results[name]["last_line"] == "coldstart: exit 0: stopped as asked", name
+        assert results[name]["left"] == NOTHING, name
+        assert results[name]["zombies"] == [], name
     stopped = results["stopped"]
-    assert stopped["code"] == 0, stopped["log"]
-    assert stopped["left"] == NOTHING
+    assert stopped["reachable"] == [8000]  # whatever else listens does so on loopback
     assert stopped["answer"]["usage"]["completion_tokens"] == 4
     loads = {event["process"] for event in stopped["phases"] if event["phase"] == "weight_load"}
     assert loads == {"worker 0", "worker 1"}
     _check(results, {"worker killed": _DEAD, "core killed": _DEAD})
 
 
-def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, str]:
-    """Exit code and last line of a container that ends by itself."""
-    name = f"{CONTAINER_PREFIX}fault-{uuid.uuid4().hex[:8]}"
-    command = ["docker", "run", "--rm", "--name", name, *flags, image, *arguments]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300, check=False
-    )
-    print(done.stdout[-3000:])
-    return done.returncode, done.stdout.rstrip().rpartition("\n")[2]
+def _follow(container: Container, since: Callable[[], bool] = lambda: True) -> tuple[set[int], float]:
+    """What /health answers until the container ends; the seconds to there from when `since` first held."""
+    healths: set[int] = set()
+    began = time.monotonic()
+    held: float | None = None
+    try:
+        port = container.host_port()
+    except ColdstartError:  # it has ended already
+        return healths, 0.0
+    while container.running() and time.monotonic() < began + _END_SECONDS:
+        if held is None and since():
+            held = time.monotonic()
+        with suppress(OSError, HTTPException):
+            healths.add(client.get(port, "/health", 5.0).status)
+        time.sleep(0.02)
+    return healths, 0.0 if held is None else time.monotonic() - held
+
+
+_NODES = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
 
 
 @pytest.mark.parametrize(
@@ -163,17 +186,34 @@ def _run(image: str, *arguments: str, flags: Sequence[str] = ()) -> tuple[int, s
         ),
         (["--tmpfs", "/tmp:size=4k"], [], 1, ["No space left on device", "Free the disk"]),
         ([], ["--max-model-len", "many"], 2, ["does not accept", "Mend the arguments"]),
+        pytest.param(
+            ["--shm-size", "1g"],
+            ["--tensor-parallel-size", "2"],
+            1,
+            ["NUMA nodes", "VLLM_CPU_OMP_THREADS_BIND"],
+            marks=pytest.mark.skipif(_NODES > 1, reason="each worker gets a NUMA node of its own"),
+        ),
     ],
-    ids=["memory", "read-only", "shared memory", "disk", "arguments"],
+    ids=["memory", "read-only", "shared memory", "disk", "arguments", "cores"],
 )
 def test_what_the_container_lacks_is_told_in_the_last_line(
-    tiny: Any, flags: list[str], arguments: list[str], code: int, words: list[str]
+    tiny: Any,
+    run: Callable[..., Container],
+    flags: list[str],
+    arguments: list[str],
+    code: int,
+    words: list[str],
 ) -> None:
-    ended, last_line = _run(tiny["tag"], *arguments, flags=flags)
-    assert ended == code
+    container = run(tuple(flags), tiny["tag"], tuple(arguments))
+    healths, _ = _follow(container)
+    logs = container.logs()
+    print(logs[-3000:])
+    assert container.wait(10) == code
+    last_line = logs.rstrip().rpartition("\n")[2]
     assert last_line.startswith(f"coldstart: exit {code}: ")
     for word in words:
         assert word in last_line
+    assert 503 in healths or code != 1
 
 
 _EAT_MEMORY = """
@@ -189,18 +229,33 @@ while True:
 
 
 def test_the_kernel_takes_the_engine_core_for_want_of_memory(
-    tiny: Any, run: Callable[..., Container]
+    tiny: Any, run: Callable[..., Container], request: pytest.FixtureRequest
 ) -> None:
     """While it serves; what eats the memory is beside it, and the core the kernel's first choice."""
     container = run(("--memory", "3g", "--memory-swap", "3g", "--restart", "no"), tiny["tag"])
     wait_ready(container)
-    subprocess.run(
-        ["docker", "exec", container.id, "python3", "-c", _EAT_MEMORY],
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
-    assert container.wait(60) == 1
+    phases = get(container, "/startup").json["phases"]
+    inside = next(event["pid"] for event in phases if event["process"] == "EngineCore")
+    core = next(pid for pid in Cgroup(container.pid()).pids() if read_process(pid).pid == inside)
+    command = ["docker", "exec", container.id, "python3", "-c", _EAT_MEMORY]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as eater:
+        healths, seconds = _follow(container, lambda: _is_gone(core))
+        eater.kill()  # where it outlives the container
+    code = container.wait(10)
     last_line = container.logs().rstrip().rpartition("\n")[2]
+    ended = {"code": code, "seconds": round(seconds, 2), "last_line": last_line}
+    print(ended)
+    record_ends(request.node.name, {"out of memory": ended})
+    assert code == 1
+    assert seconds > 0  # the core went first
     assert "out of memory" in last_line
     assert _MORE_MEMORY in last_line
+    assert 503 in healths
+
+
+def _is_gone(pid: int) -> bool:
+    """Whether a process of this machine has ended, collected or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X")
+    except OSError:
+        return True

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from builder.docker_engine import Container, DockerEngine
+from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 from builder.report import SilentReporter
 from runtime import modes
-from tests.image.conftest import PREFIX, ask, coldstart, get, wait_ready
+from tests.image.conftest import PREFIX, TINY_ARGS, ask, coldstart, get, wait_ready
 
 ANSWER = "The capital of France is Paris."
 RECORDING = "/opt/coldstart/state/recordings/*/recording.json"
@@ -80,9 +82,16 @@ def test_the_build_says_what_it_tried_and_why_it_chose(balanced: Any) -> None:
     tried = {mode["mode"]: mode for mode in report["modes"]}
     assert tried["eager"]["tokens_per_second"] > 0
     right = {"compiled"}
-    if not tried["compiled"]["golden"]["ok"]:  # on the processors where bf16 is computed so
-        assert "begin with another token" in tried["compiled"]["golden"]["says"]
-        assert "which this dtype cannot tell apart" in tried["compiled"]["golden"]["says"]
+    bf16 = tried["compiled"]["golden"]
+    # Its own first tokens decide, whatever the processor computes: where one differs it must be refused.
+    assert bf16["ok"] == (not bf16["begun_differently"]), bf16
+    if not bf16["ok"]:
+        assert tried["compiled"]["tokens_per_second"] is None
+        assert report["chosen"] != "compiled"
+        assert f"{len(bf16['begun_differently'])} of {bf16['prompts']} answers begin" in bf16["says"]
+        assert "which this dtype cannot tell apart" in bf16["says"]
+        if "to record what a start needs" in balanced["stderr"]:  # not where an earlier build did
+            assert f"compiled: refused; {bf16['says']}" in balanced["stderr"]
         right = {"compiled-float32"}
     assert all(tried[mode]["golden"]["ok"] for mode in right)
     rates = {mode: tried[mode]["tokens_per_second"] for mode in right | {"eager"}}
@@ -131,6 +140,59 @@ def test_verify_shows_the_hit_and_the_answers(compiled: str, derived: Callable[[
     assert done.code == 6
     failed = [check["name"] for check in done.json["checks"] if not check["ok"]]
     assert failed == ["recording"]
+
+
+def test_verify_finds_that_vllm_compiles_again(compiled: str, derived: Callable[[str, str], str]) -> None:
+    """The recording fits and is used, and what vLLM looks for first is not in it."""
+    forget = (
+        "import json, pathlib; "
+        f"(p,) = pathlib.Path('/').glob('{RECORDING[1:]}'); d = json.loads(p.read_text()); "
+        "kept = {n: e for n, e in d['files'].items() if not n.endswith('/model')}; "
+        "assert 0 < len(kept) < len(d['files']); d['files'] = kept; p.write_text(json.dumps(d))"
+    )
+    done = coldstart("verify", derived(compiled, f'python3 -c "{forget}"'), "--json")
+    assert done.code == 6, done.out
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert checks["recording"]["ok"], checks
+    assert not checks["compiled code"]["ok"], checks
+
+
+@pytest.fixture
+def recorded_elsewhere(build: Callable[..., Any], tiny_folder: Path, tmp_path: Path) -> tuple[str, Path]:
+    """The tag of an image without a recording, and the folder that `docker run IMAGE warm` wrote for it."""
+    tag = build("tiny:elsewhere", folder=tiny_folder, engine_args=TINY_ARGS)["tag"]
+    state = tmp_path / "state"
+    state.mkdir()
+    state.chmod(0o777)  # for the image's user
+    name = f"{CONTAINER_PREFIX}warm-{uuid.uuid4().hex[:8]}"
+    command = ["docker", "run", "--rm", "--name", name, "--network", "none", "-v", f"{state}:/out"]
+    done = subprocess.run(
+        [*command, tag, "warm", "--output", "/out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    print(done.stdout[-3000:])
+    assert done.returncode == 0
+    return str(tag), state
+
+
+def test_a_start_recorded_by_docker_run_is_added_and_used(
+    recorded_elsewhere: tuple[str, Path], engine: DockerEngine
+) -> None:
+    """As documented for nodes that the build host is not one of."""
+    tag, state = recorded_elsewhere
+    assert len(list(state.glob("recordings/*/recording.json"))) == 1
+    done = coldstart("prewarm", tag, "--from", str(state))
+    assert done.code == 0, done.err
+    assert engine.require_image(tag).labels["dev.coldstart.prewarmed"] == "yes"
+    done = coldstart("verify", tag, "--json")
+    assert done.code == 0, done.out
+    checks = {check["name"]: check for check in done.json["checks"]}
+    assert checks["recording"]["found"] == "eager"
+    assert checks["answers"]["ok"]
 
 
 @pytest.mark.parametrize(

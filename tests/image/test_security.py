@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from builder.docker_engine import Container
-from tests.image.conftest import wait_ready, wait_until
+from tests.image.conftest import get, wait_ready, wait_until
 
 RECEIVER = Path(__file__).parent / "otlp_receiver.py"
 KEYS = ("sk-first-1b3f09", "sk-second-77aa20")
@@ -38,7 +38,6 @@ def _docker(*arguments: str) -> subprocess.CompletedProcess[str]:
         (("-e", "VLLM_SERVER_DEV_MODE=1"), (), 2, "VLLM_SERVER_DEV_MODE is set"),
         (("-e", "COLDSTART_API_KEY_FILE=/none"), (), 2, "cannot read the API keys in /none"),
         (("--read-only",), (), 3, "Add `--tmpfs /tmp:exec`"),
-        (("-e", "HOME=/root"), (), 3, "Add `--tmpfs /root:exec`"),
         (("--tmpfs", "/models"), (), 3, "A volume mounted over it hides the baked files"),
         (("--memory", "1g"), (), 3, "Give it more with `--memory 4g`"),
         ((), ("--tensor-parallel-size", "2"), 3, "2 does not divide the model's 9 attention heads"),
@@ -56,6 +55,19 @@ def test_what_cannot_work_is_refused_with_one_line(
     assert len(lines) == 1, lines  # neither a traceback nor anything of vLLM, which was not imported
     assert lines[0].startswith(f"coldstart: exit {code}: ")
     assert words in lines[0]
+
+
+def test_a_home_folder_that_is_not_writable_is_told_and_no_reason_to_end(
+    plain: Any, run: Callable[..., Container]
+) -> None:
+    container = run(("-e", "HOME=/root"), plain["tag"], ("--served-model-name", "one", "two"))
+    wait_ready(container)
+    reason = "/root, the home folder, is not writable: caches are kept for this start only"
+    assert json.loads(get(container, "/startup").body)["degraded"] == [reason]
+    assert f'coldstart_degraded_info{{reason="{reason}"}} 1.0' in get(container, "/metrics").body.decode()
+    assert reason in container.logs()
+    served = [model["id"] for model in json.loads(get(container, "/v1/models").body)["data"]]
+    assert served == ["one", "two"]
 
 
 def test_help_and_configuration_are_told_without_a_start(plain: Any) -> None:
@@ -224,6 +236,9 @@ def _check_logs(logs: str, start_id: str) -> None:
     assert {"pid1", "api", "EngineCore"} <= {record["process"] for record in records}
     summary = next(r["message"] for r in records if r["message"].startswith("ready after"))
     assert "engine_import" in summary
+    assert "; recording " in summary
+    messages = [record["message"] for record in records]
+    assert not any("Started server process" in message for message in messages[messages.index(summary) :])
     assert records[-1]["message"] == "exit 0: stopped as asked"
     for key in (*KEYS, WRONG_KEY):
         assert key not in logs

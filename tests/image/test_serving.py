@@ -42,6 +42,7 @@ def test_answers_a_question_with_no_network(
 def test_probes_phases_and_shutdown_of_one_start(plain: Any, start: Callable[..., Container]) -> None:
     container = start(plain["tag"], arguments=["--drain-delay", "1", "--drain-timeout", "120"])
     seen: set[str] = set()
+    told: set[str | None] = set()
 
     def starting_is_over() -> bool:
         try:
@@ -50,19 +51,27 @@ def test_probes_phases_and_shutdown_of_one_start(plain: Any, start: Callable[...
             return False
         if startup.status == 200:
             return True
+        assert startup.status == 503
         seen.add(str(startup.json["phase"]))
         assert get(container, "/health").status == 200
         for path in ("/ready", "/v1/models", "/v1/chat/completions"):
             reply = get(container, path)
-            # The hand-over may happen between two requests; then the state has moved on, for good.
             if reply.status != 503:
+                # The hand-over may happen between two requests; then the state has moved on, for good.
+                assert get(container, "/startup").status == 200, (path, reply)
                 return True
             assert reply.headers.get("retry-after") == "1"
+            if path != "/ready":
+                error = reply.json["error"]
+                assert error["code"] == "starting"
+                assert error["phase"] is None or f"({error['phase']})" in error["message"]
+                told.add(error["phase"])
         return False
 
     wait_until(starting_is_over, container)
     wait_ready(container)
-    assert Phase.ENGINE_IMPORT.value in seen
+    assert Phase.ENGINE_IMPORT.value in seen & told
+    assert told - {None} <= {phase.value for phase in Phase}
     for path in ("/health", "/ready", "/v1/models", "/startup"):
         assert get(container, path).status == 200
     _check_phases(get(container, "/startup").json)

@@ -16,6 +16,10 @@ from runtime import faults
         ("weight_load failed: OSError: [Errno 28] No space left on device", "Free the disk"),
         ("kv_cache_alloc failed: ValueError: no memory for the KV cache", "Lower --max-model-len"),
         ("the engine was killed by SIGKILL", "memory limit"),
+        ("the engine cannot be started: RuntimeError: can't start new thread", "--pids-limit"),
+        ("the engine cannot be started: OSError: AF_UNIX path too long", "Give TMPDIR a shorter path"),
+        ("ValueError: Not enough allowed NUMA nodes to bind threads of 2 local CPU", "OMP_THREADS_BIND"),
+        ("the engine core or a worker of it died", "kernel log, or raise the container's memory limit"),
         ("something\nnobody has\tseen", "output above"),
     ],
 )

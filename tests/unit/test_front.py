@@ -76,6 +76,19 @@ def test_upload_that_does_not_end_in_time_is_answered(monkeypatch: pytest.Monkey
     _with_front(scenario)
 
 
+def test_client_that_waits_to_be_told_to_go_on_is_answered_at_once() -> None:
+    async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nExpect: 100-continue\r\n\r\n"
+        )
+        for request in (head, head + b"hello"):  # strict, or not patient
+            answer = await asyncio.wait_for(_exchange(port, request), 5)
+            assert answer.startswith(b"HTTP/1.1 503 ")
+            assert json.loads(_body(answer))["error"]["code"] == "starting"
+
+    _with_front(scenario)
+
+
 def test_head_has_no_body() -> None:
     async def scenario(front: Front, lifecycle: Lifecycle, port: int, listener: socket.socket) -> None:
         answer = await _exchange(port, b"HEAD /ready HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -68,9 +68,14 @@ def _ask(
 
 
 def _guard(
-    keys: tuple[str, ...] = KEYS, *, app: Any = _echo, metrics_open: bool = True, max_bytes: int = 100
+    keys: tuple[str, ...] = KEYS,
+    *,
+    app: Any = _echo,
+    metrics_open: bool = True,
+    max_bytes: int = 100,
+    draining: bool = False,
 ) -> Guard:
-    return Guard(app, keys, metrics_open=metrics_open, max_bytes=max_bytes)
+    return Guard(app, keys, metrics_open=metrics_open, max_bytes=max_bytes, draining=lambda: draining)
 
 
 def _status(sent: list[MutableMapping[str, Any]]) -> int:
@@ -92,6 +97,16 @@ def test_every_route_but_the_probes_wants_the_key(path: str) -> None:
     assert json.loads(sent[1]["body"])["error"]["code"] == "invalid_api_key"
     for key in KEYS:
         assert _status(_ask(_guard(), path, [("authorization", f"Bearer {key}")])) == 200
+
+
+def test_who_is_refused_while_draining_is_sent_elsewhere() -> None:
+    close = (b"connection", b"close")
+    assert close not in _ask(_guard(), "/v1/models")[0]["headers"]
+    assert close in _ask(_guard(draining=True), "/v1/models")[0]["headers"]
+    sent = _ask(
+        _guard((), draining=True), "/v1/completions", [("content-length", "101")], chunks=[b"x" * 101]
+    )
+    assert (_status(sent), sent[0]["headers"].count(close)) == (413, 1)
 
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/startup"])

@@ -1,10 +1,16 @@
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import pytest
 
-from runtime.lifecycle import Lifecycle, State
+from runtime import engine
+from runtime.guard import Guard
+from runtime.lifecycle import Lifecycle, State, describe_recording
 from runtime.phases import Phase, PhaseEvent, breakdown, covered_seconds
 
 
@@ -109,3 +115,55 @@ def test_breakdown_gives_each_moment_to_the_phase_that_began_last() -> None:
         "unattributed 1.5"
     )
     assert breakdown([], 0.0, 1.0) == "ready after 1.0 s: unattributed 1.0"
+
+
+def test_metrics_tell_why_a_recording_is_not_used_and_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shown: dict[tuple[str, ...], float] = {}
+
+    class Gauge:
+        """As much of prometheus-client's, which only the image has, as the engine uses."""
+
+        def __init__(self, name: str, help: str, labels: Sequence[str] = ()) -> None:
+            self._key: tuple[str, ...] = (name,)
+            self._names = tuple(labels)
+
+        def labels(self, *values: str) -> Gauge:
+            labelled = Gauge(self._key[0], "")
+            labelled._key = (*self._key, *(f"{n}={v}" for n, v in zip(self._names, values, strict=True)))
+            return labelled
+
+        def set(self, value: float) -> None:
+            shown[self._key] = value
+
+        def set_function(self, function: Callable[[], float]) -> None:
+            shown[self._key] = function()
+
+    monkeypatch.setitem(sys.modules, "prometheus_client", SimpleNamespace(Gauge=Gauge))
+    recording = {"status": "unused", "reason": "x is damaged", "mode": "eager"}
+    lifecycle = Lifecycle(started=0.0, recording=recording, degraded=("no home",))
+    engine._export_metrics(lifecycle, Guard(lambda *_: asyncio.sleep(0), (), metrics_open=True, max_bytes=1))
+    told = ("coldstart_recording_info", "status=unused", "mode=eager", "reason=x is damaged")
+    assert shown[told] == 1
+    assert shown["coldstart_cache_hit", "cache=recording"] == 0
+    assert shown["coldstart_degraded_info", "reason=no home"] == 1
+
+
+def test_startup_tells_what_a_start_does_without() -> None:
+    assert Lifecycle(started=0.0).snapshot()["degraded"] == []
+    lifecycle = Lifecycle(started=0.0, degraded=("no home",))
+    assert lifecycle.snapshot()["degraded"] == ["no home"]
+
+
+@pytest.mark.parametrize(
+    ("recording", "told"),
+    [
+        ({"status": "used", "reason": "", "mode": "compiled", "key": "5f"}, "recording used: compiled"),
+        ({"status": "unused", "reason": "x is damaged", "mode": "eager"}, "recording not used: x is damaged"),
+        ({"status": "none", "reason": "", "mode": ""}, "no recording"),
+        ({}, "no recording"),
+    ],
+)
+def test_what_became_of_the_recording(recording: dict[str, str], told: str) -> None:
+    assert describe_recording(recording) == told

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from benchmarks import page_cache
 from runtime import prefetch, record, shortcuts
@@ -40,6 +43,30 @@ def test_recorded_files_come_before_the_weights(tmp_path: Path, monkeypatch: Any
         ["/lib/a.so", "/lib/b.py", "/models/m/model.safetensors"],
         ["/models/m/model.safetensors"],
     ]
+
+
+def test_recordings_come_first(tmp_path: Path) -> None:
+    for name in ("a/cache/vllm/x/one", "a/cache/inductor/two", "b/cache/three", "a/golden.json"):
+        (tmp_path / "recordings" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "recordings" / name).write_text("x")
+    (tmp_path / prefetch.FILE_LIST).write_text("/lib/a.so\n")
+    paths = list(prefetch._paths(Path("/models/m"), ["model.safetensors"], tmp_path))
+    assert sorted(Path(path).name for path in paths[:3]) == ["one", "three", "two"]
+    assert paths[3:] == ["/lib/a.so", "/models/m/model.safetensors"]
+
+
+def test_no_signal_goes_to_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PID 1 holds signals back at times; the kernel gives one to any thread that takes it."""
+    blocked: list[set[int]] = []
+
+    def look(paths: object, budget: int) -> None:
+        blocked.append({int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())})
+
+    monkeypatch.setattr(prefetch, "read_ahead", look)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    prefetch.start(Path("/models/m"), [], tmp_path).join()
+    assert {signal.SIGTERM, signal.SIGINT, signal.SIGCHLD} <= blocked[0]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
 
 
 def test_files_that_a_process_reads_are_noted_once_and_in_order(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from runtime import preflight
 from runtime.preflight import (
     Facts,
     Gpu,
@@ -20,7 +22,7 @@ from runtime.preflight import (
     parse_driver,
     parse_gpus,
 )
-from runtime.settings import Manifest, load
+from runtime.settings import LockedFile, Manifest, load
 
 GIB = 1 << 30
 CONFIG = {"num_attention_heads": 12, "num_key_value_heads": 4, "num_hidden_layers": 8}
@@ -49,6 +51,8 @@ ENVIRON = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         (GPU, ["-tp", "2", "-pp", "2"]),
         (GPU, ["-tp", "12", "--nnodes", "3"]),
         (GPU, ["-tp", "what"]),
+        (GPU, ["--gpu-memory-utilization", "0.9"]),
+        (GPU, ["--gpu-memory-utilization", "much"]),
     ],
 )
 def test_good_machine_passes(manifest: Manifest, argv: list[str]) -> None:
@@ -62,6 +66,24 @@ def test_good_machine_passes(manifest: Manifest, argv: list[str]) -> None:
         (GPU, [], replace(GOOD, driver=(535, 104)), "driver is 535.104, and CUDA 13.0.1.*wants 580.65"),
         (GPU, [], replace(GOOD, gpus=(Gpu("Tesla V100", (7, 0), 16 * GIB),)), "capability 7.0.*needs 7.5"),
         (GPU, [], replace(GOOD, gpus=(replace(L4, memory=6 * GIB),)), "weights take 8.0 GiB on each GPU"),
+        (
+            GPU,
+            [],
+            replace(GOOD, gpus=(replace(L4, free=6 * GIB),)),
+            "the NVIDIA L4 has 23.0 GiB, 6.0 GiB of it free",
+        ),
+        (
+            GPU,
+            ["--gpu-memory-utilization=.3"],
+            GOOD,
+            "weights take 8.0 GiB.*--gpu-memory-utilization allows 6.9 GiB",
+        ),
+        (
+            GPU,
+            ["--gpu-memory-utilization", "0.9"],
+            replace(GOOD, gpus=(replace(L4, free=20 * GIB),)),
+            "--gpu-memory-utilization 0.9 asks for 20.7 GiB of the NVIDIA L4, and 20.0 GiB of it is free",
+        ),
         (GPU, ["-tp", "2"], replace(GOOD, gpus=(L4,)), "needs 2 GPUs, and 1 is visible.*--gpus all"),
         (GPU, ["-tp", "4"], replace(GOOD, gpus=None, gpu_count=2), "needs 4 GPUs, and 2 are visible"),
         (GPU, ["-tp", "4"], replace(GOOD, config={"num_attention_heads": 14}), "--tensor-parallel-size 2"),
@@ -150,8 +172,11 @@ def test_what_nvidias_tools_print() -> None:
     text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.95.05  Release Build\n"
     assert parse_driver(text) == (580, 95)
     assert parse_driver(None) is None
-    assert parse_gpus("NVIDIA L4, 8.9, 23034\n") == (Gpu("NVIDIA L4", (8, 9), 23034 << 20),)
-    assert parse_gpus("NVIDIA L4, [N/A], 23034\n") is None
+    assert parse_gpus("NVIDIA L4, 8.9, 23034, 22565\n") == (
+        Gpu("NVIDIA L4", (8, 9), 23034 << 20, 22565 << 20),
+    )
+    assert parse_gpus("NVIDIA GH200, 9.0, 97871, [N/A]\n") == (Gpu("NVIDIA GH200", (9, 0), 97871 << 20),)
+    assert parse_gpus("NVIDIA L4, [N/A], 23034, 22565\n") is None
     assert parse_gpus("") is None
 
 
@@ -162,13 +187,50 @@ def test_driver_is_not_asked_for_where_the_image_brings_its_own() -> None:
     assert minimum_driver({}) is None
 
 
+@pytest.mark.parametrize(
+    ("script", "gpus"),
+    [
+        ("echo 'NVIDIA L4, 8.9, 23034, 22565'", (Gpu("NVIDIA L4", (8, 9), 23034 << 20, 22565 << 20),)),
+        ("echo 'NVIDIA L4, 8.9, 23034, 22565'; exit 9", None),
+        ("echo NVIDIA-SMI has failed", None),
+        ("exec sleep 30", None),
+    ],
+)
+def test_gpus_and_digests_have_one_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, gpus: tuple[Gpu, ...] | None
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "vocabulary").write_bytes(bytes(8 << 20))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(preflight, "_GPU_NODES", (tmp_path,))
+    monkeypatch.setattr(preflight, "_BUDGET_SECONDS", 0.5)
+    files = (LockedFile("vocabulary", 8 << 20, "0" * 64),)
+    manifest = replace(GPU, model_path=str(tmp_path), weights="mount", files=files)
+    begun = time.monotonic()
+    facts = gather(manifest, {})
+    assert time.monotonic() - begun < 2
+    assert facts.gpus == gpus
+    assert "vocabulary" in facts.model_problem
+    monkeypatch.setattr(preflight, "_BUDGET_SECONDS", 0.0)
+    assert gather(manifest, {}).model_problem == ""
+
+
+def test_home_need_not_be_writable(tmp_path: Path) -> None:
+    facts = gather(CPU, {"HOME": "/none", "TMPDIR": str(tmp_path)})
+    assert (facts.home, facts.read_only) == ("/none", ())
+    check(load([], {}, CPU), replace(GOOD, home="/none"), ENVIRON)
+
+
 def test_facts_of_this_machine(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
     manifest = replace(CPU, model_path=str(tmp_path))
     missing = str(tmp_path / "not-there")
     facts = gather(manifest, {"HOME": str(tmp_path), "TMPDIR": missing})
     assert facts.config == {"num_attention_heads": 2}
-    assert facts.read_only == (missing,)
+    assert (facts.read_only, facts.home) == ((missing,), "")
     assert facts.memory is not None
     assert facts.gpus is None
     assert gather(replace(manifest, model_path=missing), {}).config is None

@@ -38,7 +38,7 @@ def test_flags_over_environment_over_manifest() -> None:
     assert load([], environ, MANIFEST).served_model_name == "env"
     settings = load(["--served-model-name", "flag"], environ, MANIFEST)
     assert (settings.served_model_name, settings.port) == ("flag", 9000)
-    assert settings.sources["served_model_name"] == "flag"
+    assert settings.sources["served_model_names"] == "flag"
     assert settings.sources["port"] == "environment"
     assert settings.sources["host"] == "default"
 
@@ -102,6 +102,89 @@ def test_unknown_flag_is_refused_with_the_nearest_name() -> None:
 )
 def test_every_form_that_vllm_takes_passes(argv: list[str]) -> None:
     assert load(argv, {}, MANIFEST, KNOWN).vllm_args()[-1] == argv[-1].replace("--max_model", "--max-model")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "names"),
+    [
+        (["--served-model-name", "a", "b"], {}, ("a", "b")),
+        (["--max-model-len", "8", "--served-model-name", "a", "b", "--port", "1"], {}, ("a", "b")),
+        (["--served_model_name=a"], {"COLDSTART_SERVED_MODEL_NAME": "c d"}, ("a",)),
+        (["--served-model-name", "my model"], {}, ("my model",)),
+        ([], {"COLDSTART_SERVED_MODEL_NAME": "c d"}, ("c", "d")),
+        ([], {}, ("tiny",)),
+    ],
+)
+def test_a_model_may_have_several_names(
+    argv: list[str], environ: dict[str, str], names: tuple[str, ...]
+) -> None:
+    settings = load(argv, environ, MANIFEST, KNOWN)
+    assert (settings.served_model_names, settings.served_model_name) == (names, names[0])
+    arguments = settings.vllm_args()
+    after = arguments.index("--served-model-name") + 1
+    assert tuple(arguments[after : arguments.index("--enforce-eager")]) == names
+    assert settings.engine_value("--max-model-len") == ("8" if "--max-model-len" in argv else "4")
+    rows = {row["name"]: row["value"] for row in json.loads(describe(settings, environ, as_json=True))}
+    assert rows["--served-model-name"] == " ".join(names)
+
+
+# One argument of each kind that vLLM 0.32's parser has, as its list names it.
+KINDS = (
+    VllmArgument("", ("--seed",), ""),
+    VllmArgument("", ("--quantization", "-q"), ""),
+    VllmArgument("", ("--tensor-parallel-size", "-tp"), ""),
+    VllmArgument("", ("--enforce-eager", "--no-enforce-eager"), ""),
+    VllmArgument("", ("--enable-expert-parallel", "--no-enable-expert-parallel", "-ep"), ""),
+    VllmArgument("", ("--disable-log-stats",), ""),
+    VllmArgument("", ("--cudagraph-capture-sizes",), ""),
+    VllmArgument("", ("--lora-modules",), ""),
+    VllmArgument("", ("--hf-token",), ""),
+    VllmArgument("", ("--hf-overrides",), ""),
+    VllmArgument("", ("--compilation-config", "-cc"), ""),
+    VllmArgument("", ("--allowed-origins",), ""),
+    VllmArgument("", ("--kv-cache-memory-bytes",), ""),
+)
+
+
+@pytest.mark.parametrize(
+    ("argv", "flags", "value"),
+    [
+        (["--seed", "-1"], ("--seed",), "-1"),
+        (["-q", "awq"], ("--quantization", "-q"), "awq"),
+        (["-tp=2"], ("-tp",), "2"),
+        (["--no-enforce-eager"], ("--no-enforce-eager",), ""),
+        (["-ep"], ("-ep",), ""),
+        (["--disable-log-stats"], ("--disable-log-stats",), ""),
+        (["--cudagraph-capture-sizes", "1", "2", "4"], ("--cudagraph-capture-sizes",), "1 2 4"),  # nargs="+"
+        (["--lora-modules", "a=/a", "b=/b"], ("--lora-modules",), "a=/a b=/b"),
+        (
+            ["--lora-modules", '{"name": "a", "path": "/a"}'],
+            ("--lora-modules",),
+            '{"name": "a", "path": "/a"}',
+        ),
+        (["--hf-token"], ("--hf-token",), ""),  # nargs="?"
+        (["--hf-token", "t"], ("--hf-token",), "t"),
+        (["--hf_overrides", '{"a_b": 1}'], ("--hf-overrides",), '{"a_b": 1}'),
+        (["--hf-overrides.a_b.c", "1"], ("--hf-overrides",), "1"),
+        (["-cc.cudagraph_capture_sizes+=1,2"], ("-cc",), "1,2"),
+        (["-cc.cudagraph_capture_sizes+", "1"], ("-cc",), "1"),
+        (["-O3"], ("-O3",), ""),
+        (["-O.mode=3"], ("-O",), "3"),
+        (["--allowed-origins", '["https://a"]'], ("--allowed-origins",), '["https://a"]'),
+        (["--kv-cache-memory-bytes", "1.5g"], ("--kv-cache-memory-bytes",), "1.5g"),
+    ],
+)
+def test_a_value_of_every_kind_passes(argv: list[str], flags: tuple[str, ...], value: str) -> None:
+    manifest = replace(MANIFEST, engine_args=())
+    for given in (
+        argv,
+        ["--port", "1", *argv],
+        [*argv, "--port", "1"],
+        [*argv, "--served-model-name", "a", "b"],
+    ):
+        settings = load(given, {}, manifest, KINDS)
+        assert settings.engine_value(*flags) == value
+        assert settings.engine_args == tuple(settings_module._dashed(word) for word in argv)
 
 
 def test_without_a_list_unknown_flags_go_to_vllm_after_the_baked_ones() -> None:
@@ -297,8 +380,9 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr == "coldstart: exit 2: unknown flag --max-modle-len: did you mean --max-model-len?\n"
     in_json = run("--log-format=json", "--max-modle-len", "8")
-    record = json.loads(in_json.stderr)
+    record = json.loads(in_json.stdout)  # where all JSON goes
     assert (in_json.returncode, record["level"], record["logger"]) == (2, "error", "coldstart")
+    assert in_json.stderr == ""
     assert run(COLDSTART_DRIAN_DELAY="1").returncode == 2
     (tmp_path / "damaged.json").write_text("{")
     for words, argv, environ in (
@@ -326,7 +410,13 @@ def test_command_stops_with_one_line_before_anything_is_imported(tmp_path: Path)
     assert listed.returncode == 0
     hidden = run()
     assert hidden.returncode == 3
-    assert "mounted over it" in hidden.stderr
+    [line] = hidden.stderr.splitlines()
+    assert line.startswith("coldstart: exit 3: ")
+    assert "mounted over it" in line
+    [line] = run("--log-format=json").stdout.splitlines()
+    assert json.loads(line)["message"].startswith("exit 3: ")
+    unrecorded = run("warm", "--output", str(tmp_path / "out"))
+    assert (unrecorded.returncode, unrecorded.stderr) == (3, hidden.stderr)
 
 
 def test_baked_arguments_may_have_underscores(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ processor\t: 1
 flags\t\t: fpu sse
 """
 MANIFEST = Manifest("/models/m", "m", "cpu", ("--kv-cache-memory-bytes", "8"), digest="d", dtype="bfloat16")
+CHANGED = 1_700_000_000_123_456_789
 FACTS = Facts(False, 0, None, None, None, None, (), None)
 
 
@@ -40,7 +41,7 @@ def recording(folder: Path, files: dict[str, bytes], **here: str) -> Recording:
     for path, data in files.items():
         (root / state.FILES / path).parent.mkdir(parents=True, exist_ok=True)
         (root / state.FILES / path).write_bytes(data)
-        entries[path] = (len(data), hashlib.sha256(data).hexdigest())
+        entries[path] = (len(data), hashlib.sha256(data).hexdigest(), CHANGED)
     root.mkdir(parents=True, exist_ok=True)
     made = Recording(root, here, ("VLLM_X",), Mode("compiled", ("--no-enforce-eager",), {"A": "1"}), entries)
     made.write()
@@ -104,6 +105,7 @@ def test_files_are_copied_writable(tmp_path: Path) -> None:
     state.install(made, tmp_path / "cache")
     copy = tmp_path / "cache/vllm/a/model"
     assert copy.read_bytes() == b"code"
+    assert copy.stat().st_mtime_ns == CHANGED
     copy.write_bytes(b"more")
     assert set(state.cache_environment(tmp_path / "cache")) >= {"VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"}
 
@@ -127,7 +129,7 @@ def test_damaged_files_are_not_used_and_nothing_is_left(tmp_path: Path, damage: 
 @pytest.mark.parametrize("path", ["../../evil", "/etc/evil"])
 def test_a_path_outside_the_recording_is_refused(tmp_path: Path, path: str) -> None:
     made = recording(tmp_path, {}, processor="a")
-    made = replace(made, files={path: (0, hashlib.sha256(b"").hexdigest())})
+    made = replace(made, files={path: (0, hashlib.sha256(b"").hexdigest(), 0)})
     with pytest.raises(StateError, match="outside"):
         state.install(made, tmp_path / "cache")
 
@@ -135,7 +137,7 @@ def test_a_path_outside_the_recording_is_refused(tmp_path: Path, path: str) -> N
 def test_locks_and_unfinished_files_are_not_kept(tmp_path: Path) -> None:
     for name in ("model", "x.lock", "y.tmp"):
         (tmp_path / name).write_bytes(b"1")
-    assert [path for path, _ in state.collect(tmp_path)] == ["model"]
+    assert [path for path, _, _ in state.collect(tmp_path)] == ["model"]
 
 
 def test_a_start_without_a_recording_runs_as_it_is_safe_on_the_device() -> None:

@@ -85,20 +85,24 @@ def _until(step: Callable[[], object], over: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Server]]:
-    """serve(source of the module vllm, *flags) -> a server that starts."""
+    """serve(source of the module vllm, *flags) -> a server that starts.
+
+    patch: source that every process of it runs first; environ: variables, with "{}" for the server's folder.
+    """
     servers: list[Server] = []
     shared = set(Path("/dev/shm").iterdir())
     above = Path(tempfile.mkdtemp(prefix="h-"))  # pytest's own paths are too long for a socket's address
 
-    def start(vllm: str, *flags: str) -> Server:
+    def start(vllm: str, *flags: str, device: str = "cpu", patch: str = "", **environ: str) -> Server:
         folder = above / str(len(servers))
         (folder / "tmp").mkdir(parents=True)
         (folder / "vllm.py").write_text(vllm)
+        (folder / "sitecustomize.py").write_text(patch)
         (folder / "model").mkdir()
         (folder / "model" / "config.json").write_text("{}")
         model = {"path": str(folder / "model"), "served_name": "tiny", "files": []}
         (folder / "manifest.json").write_text(
-            json.dumps({"device": "cpu", "engine_args": [], "model": model})
+            json.dumps({"device": device, "engine_args": [], "model": model})
         )
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -110,6 +114,7 @@ def serve() -> Iterator[Callable[..., Server]]:
             "COLDSTART_MANIFEST": str(folder / "manifest.json"),
             # One worker in the engine's process, as in our CPU images, needs no shared memory.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            **{name: value.replace("{}", str(folder)) for name, value in environ.items()},
         }
         with (folder / "log").open("wb") as log:
             command = [sys.executable, "-m", "runtime", "--host", "127.0.0.1", "--port", str(port), *flags]
@@ -160,8 +165,11 @@ def test_a_signal_at_any_moment_of_the_first_second_ends_it(serve: Callable[...,
         server.process.send_signal(signal.Signals[name])  # does nothing to one that has ended
         code, last_line = server.wait()
         print(code, last_line)
-        # Before the entrypoint's first line it is Python's to say how it ends.
-        assert code == 0 or (code in (-signal.Signals[name], 1, 130) and "coldstart" not in last_line)
+        if code:  # before the entrypoint's first line it is Python's to say how it ends
+            log = server.log()
+            assert "coldstart" not in log.replace(str(ROOT), "")
+            interrupted = name == "SIGINT" and "KeyboardInterrupt" in log
+            assert code == -signal.Signals[name] or (code in (1, 130) and interrupted), (code, log)
         assert server.left() == []
 
 
@@ -204,3 +212,85 @@ def test_port_that_is_taken_is_told(serve: Callable[..., Server]) -> None:
     assert f"cannot listen on 127.0.0.1:{first.port}: Address already in use. Free the port" in last_line
     first.process.send_signal(signal.SIGTERM)
     assert first.wait()[0] == 0
+
+
+def test_probes_are_answered_while_preflight_waits_for_the_gpus(serve: Callable[..., Server]) -> None:
+    patch = (
+        "import pathlib\nfrom runtime import preflight\npreflight._GPU_NODES = (pathlib.Path('/dev/null'),)\n"
+    )
+    tools = Path(tempfile.mkdtemp(prefix="h-"))
+    (tools / "nvidia-smi").write_text(f"#!/bin/sh\ntouch {tools}/asked\nexec sleep 30\n")
+    (tools / "nvidia-smi").chmod(0o755)
+    server = serve(HANGS, device="cuda", patch=patch, PATH=f"{tools}:{os.environ['PATH']}")
+    _until(lambda: None, (tools / "asked").exists)
+    begun = time.monotonic()
+    assert server.get("/health") == (200, {"status": "starting", "reason": ""})
+    assert server.startup()["phase"] == "config_parse"
+    assert time.monotonic() - begun < 0.5
+    assert server.log() == ""
+    _until(lambda: None, lambda: server.startup()["phase"] == "engine_import")
+    looked = [event for event in server.startup()["phases"] if event["phase"] == "config_parse"][-1]
+    assert 0.7 < looked["end"] - looked["start"] < 1.5  # the budget of nvidia-smi
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == (0, "coldstart: exit 0: stopped as asked")
+    shutil.rmtree(tools)
+
+
+def test_a_signal_ends_preflight(serve: Callable[..., Server]) -> None:
+    patch = "from runtime import preflight\nimport time\npreflight.gather = lambda _: time.sleep(1)\n"
+    server = serve(HANGS, patch=patch)
+    server.startup()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == (0, "coldstart: exit 0: stopped as asked")
+    assert server.log().count("\n") == 1
+
+
+def test_a_machine_that_cannot_serve_is_told_in_one_line(serve: Callable[..., Server]) -> None:
+    server = serve(HANGS, device="cuda")
+    code, last_line = server.wait()
+    assert (code, server.log()) == (3, f"{last_line}\n")
+    assert last_line.startswith("coldstart: exit 3: no NVIDIA GPU is visible in this container")
+    server = serve(HANGS, "--log-format", "json", device="cuda")
+    code, last_line = server.wait()
+    record = json.loads(last_line)
+    assert (code, server.log(), record["level"]) == (3, f"{last_line}\n", "error")
+    assert record["message"].startswith("exit 3: no NVIDIA GPU is visible")
+
+
+def test_a_home_that_is_not_writable_is_replaced_and_told(serve: Callable[..., Server]) -> None:
+    server = serve(f"import os\nprint('at', os.environ['HOME'], flush=True)\n{HANGS}", HOME="/none")
+    _until(lambda: None, lambda: "at " in server.log())
+    told = "/none, the home folder, is not writable: caches are kept for this start only"
+    assert server.startup()["degraded"] == [told]
+    assert f"coldstart: {told}\n" in server.log()
+    assert f"at {server.folder}/tmp/coldstart-" in server.log()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait()[0] == 0
+
+
+def test_what_the_starter_raises_ends_the_start(serve: Callable[..., Server]) -> None:
+    patch = (
+        "from runtime import supervisor\n"
+        'def fail(*_): raise RuntimeError("can\'t start new thread")\n'
+        "supervisor.Supervisor._start_process = fail\n"
+    )
+    server = serve(HANGS, patch=patch)
+    code, last_line = server.wait()
+    assert (code, 503 in server.health) == (1, True)
+    assert last_line == (
+        "coldstart: exit 1: failed: the engine cannot be started: RuntimeError: can't start new thread. "
+        "Allow the container more processes: `docker run --pids-limit`, in Kubernetes the kubelet's "
+        "podPidsLimit."
+    )
+
+
+def test_a_folder_that_no_socket_can_be_in_is_told(serve: Callable[..., Server]) -> None:
+    patch = "import os\nos.makedirs(os.environ['TMPDIR'], exist_ok=True)\n"
+    server = serve(HANGS, patch=patch, TMPDIR=f"{{}}/{'x' * 100}")
+    code, last_line = server.wait()
+    assert (code, 503 in server.health) == (1, True)
+    assert last_line == (
+        "coldstart: exit 1: failed: the engine cannot be started: OSError: AF_UNIX path too long. "
+        "Give TMPDIR a shorter path, such as /tmp."
+    )
+    assert list((server.folder / ("x" * 100)).iterdir()) == []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runtime import golden, modes, prefetch, record, state, warm
+from runtime import deferred, golden, modes, prefetch, record, state, warm
 from runtime.golden import Answer
 from runtime.preflight import Facts
 from runtime.settings import Manifest, SettingsError, load
@@ -38,15 +38,21 @@ class Stub:
         stub = self
 
         @contextmanager
-        def server(self: Any, mode: Mode | None, environment: Any = None) -> Iterator[int]:
+        def server(self: Any, mode: Mode | None, environment: Any = None, off: Any = ()) -> Iterator[int]:
             stub.started.append(mode.name if mode else "recording")
+            # A shortcut that computes wrongly must not be what answers are held to.
+            assert bool(off) == (mode is not None and mode.name.startswith("eager"))
             if mode is not None:
                 cache = self._cache(mode)
                 (cache / "vllm").mkdir(parents=True)
                 (cache / "vllm" / "model").write_text(mode.name)
+                if "compiled" in mode.name:
+                    (cache / "vllm" / "torch_compile_cache").mkdir()
+                    (cache / "vllm" / "torch_compile_cache" / "code").write_text("")
                 (cache / record.VARIABLES).write_text('["VLLM_X"]')
             else:
                 (output / record.OPENED).write_text("/etc/hostname\n")
+                (output / deferred.TOUCHED).write_text("json\n")
             yield 1 << 22  # a process without any below it
 
         def get(url: str) -> Any:
@@ -56,6 +62,9 @@ class Stub:
         def ask(*_: Any, **__: Any) -> list[Answer]:
             now = stub.started[-1]
             if now == "recording":
+                # What only log-probabilities need is no part of an ordinary start.
+                with (output / deferred.TOUCHED).open("a") as file:
+                    file.write("torch._dynamo\n")
                 assert stub.last is not None
                 return [stub.last]
             return [stub.answers[now]]
@@ -102,9 +111,10 @@ def test_the_mode_that_answers_differently_is_refused_and_the_next_is_recorded(
     assert made.report["chosen"] == "compiled-float32"
     assert made.report["against_eager"] == pytest.approx(0.5)
     assert (tmp_path / prefetch.FILE_LIST).read_text() == "/etc/hostname\n"
+    assert (tmp_path / deferred.TOUCHED).read_text() == "json\n"
     said = capsys.readouterr().err
     assert "compiled: refused; answers differently" in said
-    assert "serves with compiled-float32: 150 tokens/s, +50% against eager" in said
+    assert "serves with compiled-float32: 150 tokens/s; +50% against eager" in said
 
 
 def test_eager_is_recorded_where_nothing_is_gained(stub: Stub, tmp_path: Path) -> None:
@@ -140,16 +150,21 @@ def test_an_unknown_mode_is_refused_with_those_that_there_are(argv: tuple[str, .
         modes.named(load(argv, {}, MANIFEST), name)
 
 
-def test_startup_tries_nothing(stub: Stub, tmp_path: Path) -> None:
+def test_startup_tries_nothing_else_but_measures(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(tmp_path, "startup") == 0
     assert stub.started == ["eager", "recording"]
-    assert not (read(tmp_path).folder / golden.FILE).exists()
+    assert golden.read(read(tmp_path).folder / golden.FILE) == [RIGHT]
+    assert read(tmp_path).report["tokens_per_second"] == 100.0
+    assert "serves with eager: 100 tokens/s; no other way was tried" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ({"compiled": ["not in the cache", "compiled"]}, "vLLM compiled again what was recorded"),
+        ({"compiled": []}, "does not say that it loaded the compiled code"),
         (
             {"recording": {"status": "unused", "reason": "it rains"}},
             "its own recording: it rains",
