@@ -42,7 +42,7 @@ bench: $(VENV)/.made
 bench-checks: $(VENV)/.made
 	$(TESTBED) benchmarks/checks.sh
 
-# What a request pays, and fifty shutdowns under load: 20 minutes on a quiet machine.
+# What a request pays, fifty shutdowns under load, each fault timed: 40 minutes on a quiet machine.
 soak: $(VENV)/.made
 	$(TESTBED) benchmarks/soak.sh
 

@@ -23,6 +23,8 @@ from runtime.phases import Phase
 
 WAYS: tuple[Way, ...] = ("bake", "download", "mount")
 Has = Literal["nothing", "base", "image"]
+# A phase that read less tells latency, not a rate.
+_ENOUGH_BYTES = 16_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,19 +98,32 @@ def quantizing_saves(model: Model, quantized: Model, way: Way, node: Node) -> fl
     return seconds(way, model, node) - seconds(way, quantized, node)
 
 
-def rates_of(run: Run, weights: int) -> Node:
+def rates_of(run: Run) -> Node:
     """Rates as a run with a pull showed them; the hub's is the registry's until told otherwise. The disk's is
-    told only by a run whose page cache was dropped: what was just pulled is read from memory.
+    not told: what was just pulled is read from memory.
 
-    weights: bytes that its weight_load read. Raises ValueError for a run without a pull.
+    Raises ValueError for a run without a pull.
     """
     fetched = fetched_by(run)
     pull, unpack = _alone(run)
     if not fetched or not pull:
         raise ValueError("the run pulled nothing: measure with --pull")
-    load = run.seconds_in(Phase.WEIGHT_LOAD)
-    disk = weights / load if load and run.state.page_cache == "cold" else None
-    return Node(fetched / pull, fetched / pull, fetched / unpack if unpack else float("inf"), disk)
+    return Node(fetched / pull, fetched / pull, fetched / unpack if unpack else float("inf"))
+
+
+def disk_of(result: BenchResult) -> float:
+    """The fastest that any phase of a start with a cold page cache read. Raises ValueError where none did."""
+    cold = (run for run in result.runs if run.ok and run.state.page_cache == "cold")
+    read = [
+        (event.resources.read_bytes or 0, event.end - event.start)
+        for run in cold
+        for event in run.phases
+        if event.resources
+    ]
+    rates = [size / took for size, took in read if size >= _ENOUGH_BYTES and took > 0]
+    if not rates:
+        raise ValueError("no run read from a cold disk: measure with --page-cache cold, as root")
+    return max(rates)
 
 
 def fetched_by(run: Run) -> int:
@@ -182,10 +197,10 @@ def rows(
     if baked is None:
         raise ValueError("no image has its weights baked: measure one with the others")
     whole = runs[baked][0]
-    node = replace(_with_own_rates(rates_of(whole, sizes[baked]), whole, own, runs, sizes), **given)  # type: ignore[arg-type]
+    node = replace(_with_own_rates(rates_of(whole), whole, own, runs, sizes), **given)  # type: ignore[arg-type]
     measured_node, node = node, replace(node, has=has)
     if has == "image" and node.disk is None:
-        raise ValueError("the disk's rate is not known: give --disk, or measure with --page-cache cold")
+        raise ValueError("the disk's rate is not known: give --disk, or --cold")
     known = ways(node)
     found = []
     for name, way in own.items():

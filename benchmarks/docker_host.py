@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,18 @@ class DockerHost:
         self._engine = engine
 
     def image_facts(self, image: str) -> ImageFacts:
-        info = self._engine.require_image(image)
-        facts = ImageFacts(reference=image, id=info.id, size=info.size, labels=dict(info.labels))
+        """image: its name, and behind it the server's arguments, as in `docker run`. Raises InputError."""
+        try:
+            name, *arguments = shlex.split(image)
+        except ValueError as error:
+            raise InputError(
+                f"{image!r} is no image", why=str(error), fix="Quote it as a shell would."
+            ) from None
+        info = self._engine.require_image(name)
+        facts = ImageFacts(image, info.id, info.size, dict(info.labels), arguments=tuple(arguments))
         if _OURS not in info.labels:
             return facts
-        manifest = read_manifest(self._engine, image)
+        manifest = read_manifest(self._engine, name)
         model = manifest["model"]
         return replace(
             facts,
@@ -71,9 +79,24 @@ class DockerHost:
             fix="Build it with this version of Coldstart.",
         )
 
-    def start(self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]) -> Container:
-        on_gpu = self._engine.require_image(image).labels.get("dev.coldstart.device") == "cuda"
-        return self._engine.start(image, gpus=on_gpu, environment=environment, volumes=volumes)
+    def start(
+        self,
+        image: str,
+        *,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        volumes: Mapping[str, str],
+    ) -> Container:
+        """Other makers' images do not say what they serve on: they get the GPUs where there are any."""
+        labels = self._engine.require_image(image).labels
+        device = labels.get("dev.coldstart.device") or labels.get("dev.coldstart.base.device")
+        return self._engine.start(
+            image,
+            arguments=arguments,
+            gpus=device == "cuda" or (device is None and self._engine.has_gpus),
+            environment=environment,
+            volumes=volumes,
+        )
 
     def image_folders(self, image: str) -> list[Path]:
         return self._engine.layer_folders(image)

@@ -1,11 +1,12 @@
 """What of a start cannot be avoided on this machine, beside what bench measured of each phase.
 
-    python -m benchmarks.floor IMAGE BENCH.json OUT.json
+    python -m benchmarks.floor IMAGE WARM.json COLD.json OUT.json
 
-IMAGE: a recorded CPU image of ours, which BENCH.json has warm starts of. A floor does the least that a phase
-must: start a process in a container, start Python, load the libraries and the bytecode that the recorded
-start lists, copy the weights' bytes from the page cache into new memory, parse the tokenizer. It runs alone
-on an idle machine, where the phases share two cores. Seconds, medians.
+IMAGE: a recorded CPU image of ours, which WARM.json has starts of with a warm page cache and COLD.json with a
+cold one: what that adds is held to the bytes that were read, at the fastest that any phase read. A floor does
+the least that a phase must: start a process in a container, start Python, load the libraries and the bytecode
+that the recorded start lists, copy the weights' bytes from the page cache into new memory, parse the
+tokenizer. It runs alone on an idle machine, where the phases share two cores. Seconds, medians.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks import bake
 from benchmarks.harness import describe_machine
-from benchmarks.schema import read_result
+from benchmarks.schema import BenchResult, Run, read_result
 from builder.docker_engine import DockerEngine
 from runtime.phases import Phase
 
@@ -99,10 +101,21 @@ def measure(image: str) -> list[dict[str, float]]:
     return samples
 
 
-def main(image: str, bench: Path, output: Path) -> None:
-    runs = read_result(bench).measured(image)
+def reading(image: str, warm: Sequence[Run], cold: BenchResult) -> dict[str, float]:
+    """What a cold page cache costs beside what the disk needs for its bytes; bytes, per second, seconds."""
+    runs = cold.measured(image)
+    read = median(
+        sum(event.resources.read_bytes or 0 for event in run.phases if event.resources) for run in runs
+    )
+    rate = bake.disk_of(cold)
+    slow, quick = (median(run.total_seconds or 0.0 for run in each) for each in (runs, warm))
+    return {"read_bytes": read, "rate": rate, "floor_seconds": read / rate, "added_seconds": slow - quick}
+
+
+def main(image: str, warm: Path, cold: Path, output: Path) -> None:
+    runs = read_result(warm).measured(image)
     if not runs:
-        raise SystemExit(f"{bench} has no start of {image}")
+        raise SystemExit(f"{warm} has no start of {image}")
     samples = measure(image)
     rows: list[dict[str, Any]] = []
     for phase in Phase:
@@ -112,15 +125,16 @@ def main(image: str, bench: Path, output: Path) -> None:
         if round(took, 2):
             rows.append({"phase": phase.value, "seconds": took, "floor_seconds": floor, "floor": words})
     machine = describe_machine().model_dump()
-    result = {
-        **{"schema": 1, "image": image, "machine": machine, "bench": bench.name},
-        **{"samples": samples, "phases": rows},
+    result: dict[str, Any] = {
+        **{"schema": 2, "image": image, "machine": machine, "bench": [warm.name, cold.name]},
+        **{"samples": samples, "phases": rows, "cold": reading(image, runs, read_result(cold))},
     }
     output.write_text(json.dumps(result, indent=1) + "\n")
     print("| phase | seconds | floor | which is |\n|---|---:|---:|---|")
     for row in rows:
         print(f"| {row['phase']} | {row['seconds']:.2f} | {row['floor_seconds']:.2f} | {row['floor']} |")
+    print("a cold page cache: " + ", ".join(f"{name} {value:.4g}" for name, value in result["cold"].items()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], *map(Path, sys.argv[2:5]))

@@ -2,9 +2,9 @@
 
     python -m benchmarks.golden_tolerance IMAGE RESULT.json
 
-IMAGE is a CPU image of ours. Its golden prompts are answered by four starts: eager; eager with one request
-at a time, so that only the batches differ; eager in float32; compiled. Every pair is compared, and what the
-same engine does to itself is what rounding alone does.
+IMAGE is a CPU image of ours. Its golden prompts are answered by six starts: in bf16 and in float32 each
+eager; eager with one request at a time, so that only the batches differ; compiled. Every pair is compared,
+and what the same engine does to itself is what rounding alone does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ _STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
     ("eager", (), 8),
     ("eager, one at a time", (), 1),
     ("eager-float32", ("--dtype", "float32"), 8),
+    ("eager-float32, one at a time", ("--dtype", "float32"), 1),
     ("compiled", _COMPILED, 8),
+    ("compiled-float32", (*_COMPILED, "--dtype", "float32"), 8),
 )
 # Inside the image, with the image's own runtime.
 _ASK = """
@@ -89,7 +91,7 @@ def main(image: str, result: Path) -> None:
     result.write_text(json.dumps(data, indent=1) + "\n")
     for pair in pairs:
         print(
-            f"{pair['left']:22} {pair['right']:22} same {pair['same']:2} "
+            f"{pair['left']:28} {pair['right']:28} same {pair['same']:2} "
             f"begun differently {pair['begun_differently']} mean {pair['mean']:.4f} ties {pair['ties'][:3]}"
         )
 

@@ -12,7 +12,7 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from http.client import HTTPException
@@ -55,6 +55,9 @@ _LIVENESS_SECONDS = 0.5  # asking the engine costs it CPU that the start needs
 _REQUEST_SECONDS = 5.0
 _EXIT_NOTICE_SECONDS = 1.0
 _PULL_PATIENCE_SECONDS = 60.0
+# Of the log, for whoever watches; rarer where it is long, since polls wait meanwhile.
+_LOOK_SECONDS = 1.0
+_LOOK_BUSY_SHARE = 0.02
 _LOG_LINES = 40
 _CLOCK_SHARE = 0.02
 
@@ -64,8 +67,9 @@ _DRAIN_VARIABLE = "COLDSTART_DRAIN_DELAY"
 _OFF_VARIABLE = "COLDSTART_OFF"
 # Where a controlled compile cache is mounted, and what makes vLLM and Inductor use it.
 _CACHE_FOLDER = "/coldstart-compile-cache"
+_CACHE_ROOT = "VLLM_CACHE_ROOT"
 _CACHE_VARIABLES = {
-    "VLLM_CACHE_ROOT": f"{_CACHE_FOLDER}/vllm",
+    _CACHE_ROOT: f"{_CACHE_FOLDER}/vllm",
     "TORCHINDUCTOR_CACHE_DIR": f"{_CACHE_FOLDER}/inductor",
 }
 
@@ -129,7 +133,12 @@ class ContainerHost(Protocol):
         """Raises ColdstartError when there is no such image."""
 
     def start(
-        self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]
+        self,
+        image: str,
+        *,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        volumes: Mapping[str, str],
     ) -> RunningContainer:
         """Creates and starts a container of image id `image`, its serving port on 127.0.0.1 at a free port.
 
@@ -179,10 +188,17 @@ class Conditions:
 class Watcher(Protocol):
     """Sees each run as it goes, from what the harness asks anyway. Its time is the benchmark's: be quick."""
 
+    @property
+    def follows_log(self) -> bool:
+        """Whether the log of an image that tells no phase is read for `follow` while it starts."""
+
     def begin(self, image: str) -> None: ...
 
     def poll(self, phase: Phase | None) -> None:
         """It is not ready; `phase` began last, where the image says so."""
+
+    def follow(self, phases: Sequence[MeasuredPhase]) -> None:
+        """All phases that ended so far, as the log tells them."""
 
     def answered(self) -> None:
         """Its whole answer is there; what follows is not measured."""
@@ -191,9 +207,13 @@ class Watcher(Protocol):
 
 
 class _NoWatcher:
+    follows_log = False
+
     def begin(self, image: str) -> None: ...
 
     def poll(self, phase: Phase | None) -> None: ...
+
+    def follow(self, phases: Sequence[MeasuredPhase]) -> None: ...
 
     def answered(self) -> None: ...
 
@@ -337,7 +357,7 @@ def _check_conditions(
             )
     if not conditions.pull:
         return {}
-    return {image.reference: host.registry_digest(image.reference) for image in facts}
+    return {image.reference: host.registry_digest(image.tag) for image in facts}
 
 
 def _outcome(run: Run) -> str:
@@ -482,12 +502,18 @@ class _Bench:
         environment = {**ours, **(_CACHE_VARIABLES if volumes else {}), **self.conditions.environment}
         if image.off:
             environment[_OFF_VARIABLE] = ",".join(image.off)
+        if image.weights and _CACHE_ROOT in environment:  # see runtime.modes
+            sample.warnings.append(
+                f"{_CACHE_ROOT} is set, by --compile-cache or --env: a recording in the image is not used"
+            )
         mounts = {volume.name: _CACHE_FOLDER for volume in volumes}
         if image.weights == "mount" and image.model_path:
             mounts[str(self.conditions.mount)] = image.model_path
         if not self.conditions.pull:
             sample.began_monotonic = time.monotonic()
-        container = self.host.start(image.id, environment=environment, volumes=mounts)
+        container = self.host.start(
+            image.id, arguments=image.arguments, environment=environment, volumes=mounts
+        )
         sample.created_at = container.created_at
         if not self.conditions.pull:
             sample.began = container.created_at
@@ -510,6 +536,7 @@ class _Bench:
             if image.id not in self.warm_volumes:
                 task.detail(f"filling a compile cache for {image.reference}")
                 self._prime(image, sample, task)
+                self.watcher.begin(image.reference)  # anew: that start was none of the run
             yield [self.warm_volumes[image.id]] if not sample.error else []
         elif state == "cold":
             volume = self.host.new_volume(image.id)
@@ -546,12 +573,12 @@ class _Bench:
         digest = self.digests[image.reference]
         task.detail(f"pulling {digest}")
         self.host.remove_image(digest)
-        self.host.remove_image(image.reference)
+        self.host.remove_image(image.tag)
         sample.began, sample.began_monotonic = now(), time.monotonic()
         pull = Pull(sample.began)
         done = False
         try:
-            messages = self.host.pull(digest, image.reference, min(_PULL_PATIENCE_SECONDS, self.timeout))
+            messages = self.host.pull(digest, image.tag, min(_PULL_PATIENCE_SECONDS, self.timeout))
             pull.follow(_timed(messages, deadline, self.timeout))
             done = True
         finally:
@@ -580,7 +607,8 @@ class _Bench:
         port = None
         try:
             port = container.host_port()
-            model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task, self.watcher)
+            view = _View(self.watcher, container, image, sample)
+            model, sample.ready_at = _wait_ready(container, port, deadline, self.timeout, task, view)
             done = client.complete(port, model, self.workload, deadline)
             sample.first_token_at, sample.answer = done.first_token_at, done.text
             sample.wall_seconds = done.first_token_monotonic - sample.began_monotonic
@@ -591,6 +619,8 @@ class _Bench:
         # Asked for last, so that the question does not delay the token; also of a run that failed, because
         # the finished phases say how far it came.
         _read_phases(container, port, image, sample)
+        if sample.report is not None and sample.report.source == "log":
+            self.watcher.follow(sample.report.phases)
 
     def _stop(self, container: RunningContainer, sample: _Sample) -> None:
         try:
@@ -669,8 +699,37 @@ def _plain(text: str) -> str:
     return _TERMINAL_CONTROL.sub("", text)
 
 
+@dataclass(slots=True)
+class _View:
+    """What a watcher is told of a start: the phase that the image answers, else what its log says."""
+
+    watcher: Watcher
+    container: RunningContainer
+    image: ImageFacts
+    sample: _Sample
+    answers: bool = False
+    look_at: float = field(default_factory=lambda: time.monotonic() + _LOOK_SECONDS)
+
+    def poll(self, phase: Phase | None) -> None:
+        self.answers = self.answers or phase is not None
+        self.watcher.poll(phase)
+
+    def look(self) -> None:
+        """Nothing is recorded of it: what stops it now is found out, and told, after the start."""
+        began = time.monotonic()
+        if self.answers or not self.watcher.follows_log or began < self.look_at:
+            return
+        with suppress(ColdstartError, ValueError):
+            seen = _seen(self.container, self.image, self.sample, None)
+            adapter = next((each for each in adapters() if each.recognises(seen)), None)
+            if adapter is not None:
+                self.watcher.follow(adapter.read(seen).phases)
+        ended = time.monotonic()
+        self.look_at = ended + max(_LOOK_SECONDS, (ended - began) / _LOOK_BUSY_SHARE)
+
+
 def _wait_ready(
-    container: RunningContainer, port: int, deadline: float, timeout: float, task: Task, watcher: Watcher
+    container: RunningContainer, port: int, deadline: float, timeout: float, task: Task, view: _View
 ) -> tuple[str, float]:
     """Polls /v1/models until it answers 200: the served model's name, and when the answer was there."""
     began = time.monotonic()
@@ -694,8 +753,10 @@ def _wait_ready(
                 return client.model_name(reply.body), reply.at
             seen = f"GET /v1/models answered {reply.status}"
             _refuse_locked(reply.status)
-            watcher.poll(_phase_told(reply.body))
-        _pause(time.monotonic() - polled_at)
+            view.poll(_phase_told(reply.body))
+        took = time.monotonic() - polled_at
+        view.look()
+        _pause(took)
     raise VerifyError(
         f"It was not ready within {timeout:g} s.",
         why=f"Last seen: {seen}.",
@@ -730,15 +791,8 @@ def _refuse_locked(status: int) -> None:
 def _read_phases(container: RunningContainer, port: int | None, image: ImageFacts, sample: _Sample) -> None:
     """Fills in the image's own phases. An image that shows none is an ordinary case, not a failure."""
     try:
-        seen = Seen(
-            labels=image.labels,
-            created_at=container.created_at,
-            started_at=container.started_at(),
-            ready_at=sample.ready_at,
-            startup=None if port is None else _get_startup(port, sample),
-            log=container.timed_logs(),
-            processes=sample.sampler.processes if sample.sampler else (),
-        )
+        startup = None if port is None else _get_startup(port, sample)
+        seen = _seen(container, image, sample, startup)
     except ColdstartError as error:
         sample.warnings.append(_told(error).rstrip("."))
         return
@@ -751,6 +805,20 @@ def _read_phases(container: RunningContainer, port: int | None, image: ImageFact
             else:
                 sample.adapter = adapter.NAME
                 return
+
+
+def _seen(
+    container: RunningContainer, image: ImageFacts, sample: _Sample, startup: client.Reply | None
+) -> Seen:
+    return Seen(
+        labels=image.labels,
+        created_at=container.created_at,
+        started_at=container.started_at(),
+        ready_at=sample.ready_at,
+        startup=startup,
+        log=container.timed_logs(),
+        processes=sample.sampler.processes if sample.sampler else (),
+    )
 
 
 def _get_startup(port: int, sample: _Sample) -> client.Reply | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
 from rich import box
@@ -16,7 +17,7 @@ from benchmarks.layout import ticks
 from benchmarks.schema import BenchResult, ImageFacts, Machine, Workload, read_result
 from benchmarks.stats import Estimate, Verdict, judge, median_with_interval, ratio_of_medians
 from benchmarks.summary import describe, totals
-from benchmarks.svg import HISTORY_HEIGHT, SERIES, WIDTH, Canvas
+from benchmarks.svg import SERIES, WIDTH, Canvas, legend
 from builder.errors import InputError
 from builder.render import render_page
 
@@ -80,8 +81,10 @@ def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED)
     of a repository.
 
     Otherwise, as when tags tell variants apart, it is the whole reference. Points of different machines or
-    requests are not compared.
+    requests are not compared. A date that several results share, or a tag that was measured again, is told
+    apart by when.
     """
+    when = _moments([result.created for _, result in results])
     crowded = {
         repository
         for _, result in results
@@ -97,11 +100,31 @@ def series(results: Sequence[tuple[str, BenchResult]], allowed: float = ALLOWED)
                 continue
             name = image.reference if repository in crowded else repository
             line = points.setdefault(name + _state(result, image.reference), [])
-            label = f"{result.created:%Y-%m-%d}" if repository in crowded or not tag else tag
+            label = when[result.created] if repository in crowded or not tag else tag
             comparable = line and _conditions(line[-1].result) == _conditions(result)
             change = ratio_of_medians(samples, line[-1].samples) if comparable else None
             line.append(Point(label, result, source, samples, change, allowed))
-    return [Series(name, tuple(line)) for name, line in points.items()]
+    return [Series(name, _told_apart(line, when)) for name, line in points.items()]
+
+
+def _moments(created: Sequence[datetime]) -> dict[datetime, str]:
+    """Each as its date, and where that is not its alone with as much of the time as tells it apart."""
+    told: dict[datetime, str] = {}
+    for form in ("%Y-%m-%d %H:%M:%S", "%Y-%m-%d %H:%M", "%Y-%m-%d"):
+        texts = {at: f"{at:{form}}" for at in created}
+        counts = Counter(texts.values())
+        told |= {at: text for at, text in texts.items() if at not in told or counts[text] == 1}
+    return told
+
+
+def _told_apart(line: Sequence[Point], when: Mapping[datetime, str]) -> tuple[Point, ...]:
+    counts = Counter(point.label for point in line)
+    return tuple(
+        point
+        if counts[point.label] == 1
+        else replace(point, label=f"{point.label} {when[point.result.created]}")
+        for point in line
+    )
 
 
 def _whole(result: BenchResult) -> list[ImageFacts]:
@@ -126,9 +149,12 @@ def _conditions(result: BenchResult) -> tuple[Machine, Workload]:
 
 
 def _split(reference: str) -> tuple[str, str]:
-    """Repository and tag; a colon before a slash is a port."""
-    repository, colon, tag = reference.rpartition(":")
-    return (repository, tag) if colon and "/" not in tag else (reference, "")
+    """Repository, with the server's arguments, and tag; a colon before a slash is a port."""
+    image, space, arguments = reference.partition(" ")
+    repository, colon, tag = image.rpartition(":")
+    if not colon or "/" in tag:
+        repository, tag = image, ""
+    return repository + space + arguments, tag
 
 
 def marked(lines: Sequence[Series]) -> list[str]:
@@ -171,8 +197,8 @@ def _cells(point: Point) -> list[str]:
     return [point.label, measured, f"{found.value:.2f}{spread}", str(len(point.samples)), change]
 
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60.0, WIDTH - 40.0, 64.0, HISTORY_HEIGHT - 64.0
-_LABELS = 12
+_LEFT, _RIGHT, _PLOT = 60.0, WIDTH - 60.0, 292.0
+_LABELS, _LABEL_CHARACTERS = 10, 14  # what fits beside each other, and within the canvas at both ends
 
 
 def svg(lines: Sequence[Series]) -> str:
@@ -183,28 +209,29 @@ def svg(lines: Sequence[Series]) -> str:
     moments = sorted(labels)
     step = (_RIGHT - _LEFT) / (len(moments) - 1 or 1)
     x = {at: _LEFT + step * i for i, at in enumerate(moments)}
+    colors = [canvas.color(f"series{i}", *SERIES[i % len(SERIES)]) for i in range(len(lines))]
+    entries = [(line.name, color) for line, color in zip(lines, colors, strict=True)]
+    top = legend(canvas, entries, 29) + 35
+    bottom = top + _PLOT
     highest = 1.08 * max((p.seconds.interval or (0, p.seconds.value))[1] for p in points)
 
     def y(seconds: float) -> float:
-        return _BOTTOM - (_BOTTOM - _TOP) * seconds / highest
+        return bottom - _PLOT * seconds / highest
 
     for tick in ticks(highest, most=6):
         canvas.line([(_LEFT - 10, y(tick)), (_RIGHT + 10, y(tick))], "line")
         canvas.text(_LEFT - 16, y(tick) + 4, f"{tick:g} s", size=11, color="muted", anchor="end")
     for at in moments[:: -(-len(moments) // _LABELS)]:
-        canvas.text(x[at], _BOTTOM + 20, labels[at][:14], size=11, color="muted", anchor="middle")
-    legend = 20.0
-    for number, line in enumerate(lines):
-        color = canvas.color(f"series{number}", *SERIES[number % len(SERIES)])
-        canvas.rect(legend, 19, 11, 11, color)
-        canvas.text(legend + 16, 29, line.name, bold=True)
-        legend += 16 + len(line.name) * 7.5 + 20
+        for row, word in enumerate(labels[at].split()):
+            below = bottom + 18 + 13 * row
+            canvas.text(x[at], below, word[:_LABEL_CHARACTERS], size=11, color="muted", anchor="middle")
+    for line, color in zip(lines, colors, strict=True):
         canvas.line([(x[p.result.created], y(p.seconds.value)) for p in line.points], color, 2)
         for point in line.points:
             _draw(canvas, line, point, x[point.result.created], y, color)
     told = "Medians to the first token with intervals. Red ring: regression; green ring: improvement."
-    canvas.text(20, HISTORY_HEIGHT - 16, told, size=11, color="muted")
-    return canvas.finish(HISTORY_HEIGHT)
+    canvas.text(20, bottom + 66, told, size=11, color="muted")
+    return canvas.finish(bottom + 82)
 
 
 def _draw(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 from rich.bar import Bar
@@ -12,15 +12,18 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.layout import KINDS
-from benchmarks.schema import Run
+from benchmarks.schema import MeasuredPhase, Run
 from builder.report import Task
 from runtime.phases import Phase, now
 
+_TOUCHING_SECONDS = 0.001
 _REFRESH_PER_SECOND = 4  # drawing costs CPU that the start under test needs
 
 
 class LiveView:
-    """Implements builder.report.Reporter and benchmarks.harness.Watcher. `clock`: seconds."""
+    """Implements builder.report.Reporter and benchmarks.harness.Watcher. `clock`: epoch seconds."""
+
+    follows_log = True
 
     def __init__(self, console: Console, clock: Callable[[], float] = now) -> None:
         self._console, self._clock = console, clock
@@ -71,6 +74,18 @@ class LiveView:
             self._seen[-1] = (phase, self._seen[-1][1], at)
         else:
             self._seen.append((phase, self._seen[-1][2] if self._seen else at, at))
+
+    def follow(self, phases: Sequence[MeasuredPhase]) -> None:
+        """A row for each stretch in which any process was in a phase."""
+        rows: list[tuple[Phase, float, float]] = []
+        for event in sorted(phases, key=lambda event: event.start):
+            start, end = (max(0.0, at - self._began) for at in (event.start, event.end))
+            same = next((i for i, row in reversed([*enumerate(rows)]) if row[0] == event.phase), None)
+            if same is not None and start <= rows[same][2] + _TOUCHING_SECONDS:
+                rows[same] = (event.phase, rows[same][1], max(end, rows[same][2]))
+            else:
+                rows.append((event.phase, start, end))
+        self._seen = rows
 
     def answered(self) -> None:
         self._ended = self._clock()

@@ -15,17 +15,22 @@ _READ_BYTES = 65536
 # Nobody waits longer for an answer: whoever does, hangs.
 _ANSWER_SECONDS = 300.0
 _PAUSE_SECONDS = 0.2
+_LATE_TOKENS = 16
 
 
 @dataclass
 class Tally:
-    """answers: whole answers by status; streams: those with every token; errors: streams that ended with an
-    error event; refused: connections that the kernel never accepted; lost: accepted, yet cut short or reset.
+    """answers: whole answers by status; streams: those with every token; late_streams: those of them that
+    began after the signal; errors: streams that ended with an error event; closed: whole 200s after which the
+    server closes the connection; refused: connections that the kernel never accepted; lost: accepted, yet cut
+    short or reset.
     """
 
     answers: Counter[int] = field(default_factory=Counter)
     streams: int = 0
+    late_streams: int = 0
     errors: int = 0
+    closed: int = 0
     refused: int = 0
     lost: list[str] = field(default_factory=list)
 
@@ -102,6 +107,7 @@ class Client:
         if answer.keep_alive:
             self._protocol.start_next_cycle()
         else:
+            self._tally.closed += answer.status == 200
             self.close()
         return answer
 
@@ -132,19 +138,21 @@ class Client:
             self._writer = None
 
 
-def count_stream(answer: Answer, tokens: int, tally: Tally) -> None:
-    """Is this the whole stream, or one that ends with an error, or neither?"""
+def count_stream(answer: Answer, tokens: int, tally: Tally) -> bool:
+    """Is this the whole stream (True), or one that ends with an error, or neither?"""
     events = [line[6:] for line in answer.body.decode().splitlines() if line.startswith("data: ")]
     if not events or events[-1] != "[DONE]":
         tally.lost.append("a stream ended without [DONE]")
-        return
+        return False
     parsed = [json.loads(event) for event in events[:-1]]
     if any("error" in event for event in parsed):
         tally.errors += 1
     elif (parsed[-1].get("usage") or {}).get("completion_tokens") == tokens:
         tally.streams += 1
+        return True
     else:
         tally.lost.append(f"a stream had not {tokens} tokens: {events[-2]}")
+    return False
 
 
 async def repeat(
@@ -173,6 +181,15 @@ async def stream(
     client.close()
 
 
+async def late_stream(target: Target, tally: Tally) -> None:
+    """One stream on a connection of its own: of a client that has not heard of the shutdown yet."""
+    client = Client(target, tally)
+    answer = await client.ask(target.complete(_LATE_TOKENS, stream=True))
+    client.close()
+    if answer is not None and answer.status == 200:
+        tally.late_streams += count_stream(answer, _LATE_TOKENS, tally)
+
+
 async def shut_down_under_load(
     target: Target,
     terminate: Callable[[], object],
@@ -183,7 +200,8 @@ async def shut_down_under_load(
     tokens: int = 200,
 ) -> tuple[Tally, int]:
     """Call `terminate` while streams run and short requests come, on new and on kept connections, until
-    `wait` has returned the exit code. Returns what the clients counted, and that code.
+    `wait` has returned the exit code. One more stream begins when `terminate` has returned. Returns what the
+    clients counted, `closed` from just before `terminate` on, and that code.
     """
     tally, stop = Tally(), asyncio.Event()
     running = [asyncio.Event() for _ in range(streams)]
@@ -196,7 +214,9 @@ async def shut_down_under_load(
     ]
     try:
         await asyncio.gather(*(event.wait() for event in running))
+        tally.closed = 0
         await asyncio.to_thread(terminate)
+        clients.append(asyncio.create_task(late_stream(target, tally)))
         code = await asyncio.to_thread(wait)
     finally:
         stop.set()

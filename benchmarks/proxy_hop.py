@@ -3,7 +3,8 @@
 Both images must have the same base, weights and arguments (benchmarks/stock.Dockerfile). Two servers of one
 image differ by more than the runtime costs, so both are started several times. Each round sends requests
 alternately on kept connections: one token (latency), and a route that needs no engine (route); then many at
-once (throughput). Prints the median of the rounds' ratios, ours over vLLM's, with a bootstrap interval.
+once (throughput). Prints the median of the rounds' ratios, ours over vLLM's, with a bootstrap interval that
+resamples starts: the rounds of one have the same two servers, and are not independent.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
+import random
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
@@ -24,7 +27,7 @@ import h11
 from benchmarks import client
 from benchmarks.harness import describe_machine
 from benchmarks.load import Client, Tally, Target
-from benchmarks.stats import ratio_of_medians
+from benchmarks.stats import MIN_SAMPLES_FOR_95_PERCENT, MIN_SAMPLES_FOR_INTERVAL
 from builder.docker_engine import DockerEngine
 
 _PORT = 8000
@@ -33,6 +36,7 @@ _POLL_SECONDS = 0.5
 _SEQUENTIAL, _ROUTES = 20, 100
 _CLIENTS, _EACH = 16, 4
 _TOKENS = 1
+_CONFIDENCE, _RESAMPLES = 0.95, 2000
 
 
 async def alternate(
@@ -137,6 +141,26 @@ def main() -> int:
     return 0
 
 
+def interval(starts: Sequence[Sequence[float]]) -> tuple[float, float] | None:
+    """Of the median of all rounds' ratios; starts: the ratios of each one's rounds. None of fewer than three.
+
+    A cluster bootstrap, seeded: starts are drawn, each with all its rounds. Of fewer than
+    MIN_SAMPLES_FOR_95_PERCENT starts it is the range of their medians.
+    """
+    if len(starts) < MIN_SAMPLES_FOR_INTERVAL:
+        return None
+    if len(starts) < MIN_SAMPLES_FOR_95_PERCENT:
+        medians = [median(rounds) for rounds in starts]
+        return min(medians), max(medians)
+    rng = random.Random(0)  # noqa: S311 - statistics, not cryptography
+    found = sorted(
+        median(ratio for rounds in rng.choices(starts, k=len(starts)) for ratio in rounds)
+        for _ in range(_RESAMPLES)
+    )
+    tail, last = (1 - _CONFIDENCE) / 2, _RESAMPLES - 1
+    return found[math.floor(tail * last)], found[math.ceil((1 - tail) * last)]
+
+
 def _compare(starts: list[list[dict[str, Any]]], name: str) -> dict[str, Any]:
     """Seconds of a request, or requests per second; ratios are ours over vLLM's, also start by start."""
 
@@ -144,19 +168,20 @@ def _compare(starts: list[list[dict[str, Any]]], name: str) -> dict[str, Any]:
         return float(median(measured) if isinstance(measured, list) else measured)
 
     pairs = [[(value(r[name]["ours"]), value(r[name]["stock"])) for r in rounds] for rounds in starts]
-    ratios = [ours / stock for rounds in pairs for ours, stock in rounds]
-    ratio = ratio_of_medians(ratios, [1.0] * len(ratios))
+    ratios = [[ours / stock for ours, stock in rounds] for rounds in pairs]
+    ratio, found = median(each for rounds in ratios for each in rounds), interval(ratios)
     ours, stock = (median(pair[side] for rounds in pairs for pair in rounds) for side in (0, 1))
-    by_start = [median(ours / stock for ours, stock in rounds) for rounds in pairs]
-    bounds = "too few rounds" if ratio.interval is None else "{:.3f} to {:.3f}".format(*ratio.interval)
+    by_start = [median(rounds) for rounds in ratios]
+    bounds = "too few starts" if found is None else "{:.3f} to {:.3f}".format(*found)
     print(
-        f"{name}, ours / vLLM's: {ratio.value:.3f} ({bounds}, {ratio.confidence:.0%}); "
+        f"{name}, ours / vLLM's: {ratio:.3f} ({bounds}, {_CONFIDENCE:.0%}); "
         f"medians {ours:.5g} and {stock:.5g}; by start {', '.join(f'{r:.3f}' for r in by_start)}"
     )
     return {
-        "ratio": ratio.value,
-        "interval": ratio.interval,
-        "confidence": ratio.confidence,
+        "ratio": ratio,
+        "interval": found,
+        "resampled": "starts",
+        "confidence": _CONFIDENCE,
         "ours": ours,
         "stock": stock,
         "by_start": by_start,

@@ -1,13 +1,14 @@
 """What each quantization setting loses, on more than one model, and what quantizing takes.
 
-    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train SECONDS] [--cost] [--runs N]
+    python -m benchmarks.quantization OUT.json --model NAME=FOLDER ... [--train STEPS] [--cost]
+        [--method NAME ...] [--no-symmetric] [--runs N]
 
 Every setting is compared with round-to-nearest at equal group size and symmetry. Finished runs are kept in
 OUT.json and not repeated, so an interrupted study goes on where it was. `--train` adds a small model trained
-here. `--cost` measures time and memory of the default settings instead, of random Llamas of two sizes and of
-the named models; it prints the lines that builder/quantization_cost.py keeps, which the random ones decide,
-and what was predicted of each run. Leave the machine alone meanwhile, and start with an empty
-COLDSTART_CACHE.
+here, which its name tells the steps of. `--cost` measures time and memory of the default settings instead, of
+random Llamas of two sizes and of the named models; it prints the lines that builder/quantization_cost.py
+keeps, which the random ones decide, and what was predicted of each run. Leave the machine alone meanwhile,
+and start with an empty COLDSTART_CACHE.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import argparse
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from builder.methods import METHODS
 from builder.methods.awq import AWQ
 from builder.methods.method import Modifier
 from builder.models import ModelSnapshot, parse_ref, resolve
-from builder.quantization_cost import GIB, predict
+from builder.quantization_cost import GIB, Cost, predict
 from builder.quantize import ensure_environment, job_environment, quantize
 from builder.recipe import HELD_OUT_BLOCKS, Recipe, choose_recipe
 from builder.report import SilentReporter
@@ -73,10 +74,10 @@ def _small_model(folder: Path, *arguments: str) -> None:
 
 
 def _library_texts() -> Calibration:
-    """The modules that the trained model has not seen."""
-    from benchmarks.small_models import corpus
+    """What the trained model has not seen."""
+    from benchmarks.small_models import held_out
 
-    return Calibration(tuple(text for i, text in enumerate(corpus()) if i % 10 == 0))
+    return Calibration(tuple(held_out()))
 
 
 def _settings(models: Mapping[str, Path]) -> Iterator[tuple[str, Path, Mapping[str, Any]]]:
@@ -136,23 +137,39 @@ def _print_table(runs: list[dict[str, Any]]) -> None:
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def _print_cost(runs: list[dict[str, Any]]) -> None:
-    """The line through the two random models, for each kind of method, and what was predicted of each run."""
+def fitted_costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Cost]:
+    """The line through the runs of the two random models, for each method that has both.
+
+    Seconds that would be negative for a small model start at zero instead, and go through the larger one.
+    """
+    fitted = {}
     for method in _COST_METHODS:
         points = sorted(
-            (run["parameters"], run["peak_memory_bytes"], run["seconds"], run["calibration_samples"])
+            (run["parameters"], run["peak_memory_bytes"], run["seconds"], _tokens(run))
             for run in runs
             if run["model"] in RANDOM and run["method"] == method
         )
         if len(points) != len(RANDOM):
             continue
-        (small, few, quick, samples), (large, much, slow, _) = points
-        tokens = (samples + HELD_OUT_BLOCKS) * 256
+        (small, few, quick, tokens), (large, much, slow, _) = points
         memory, time = (much - few) / (large - small), (slow - quick) / (large - small)
-        print(
-            f'"{method}": Cost({few - memory * small:.3g}, {memory:.3g}, '
-            f"{max(0.0, quick - time * small):.3g}, {time / tokens:.3g}),"
-        )
+        start = quick - time * small
+        if start < 0:
+            start, time = 0.0, slow / large
+        fitted[method] = Cost(few - memory * small, memory, start, time / tokens)
+    return fitted
+
+
+def _tokens(run: Mapping[str, Any]) -> int:
+    """Those calibrated on and those measured on."""
+    return int((run["calibration_samples"] + HELD_OUT_BLOCKS) * run["calibration_tokens"])
+
+
+def _print_cost(runs: list[dict[str, Any]]) -> None:
+    """The lines for quantization_cost.py, and what it predicted of each run."""
+    for method, cost in fitted_costs(runs).items():
+        figures = ", ".join(f"{getattr(cost, field.name):.3g}" for field in fields(Cost))
+        print(f'"{method}": Cost({figures}),')
     for run in runs:
         recipe = Recipe(**{field.name: run[field.name] for field in fields(Recipe)})
         expected = predict(run["parameters"], recipe)
@@ -168,28 +185,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what quantization settings lose.")
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER")
-    parser.add_argument("--train", type=float, metavar="SECONDS")
+    parser.add_argument("--train", type=int, metavar="STEPS")
     parser.add_argument("--cost", action="store_true")
+    parser.add_argument("--method", action="append", choices=(*METHODS, *VARIANTS), help="only these")
+    parser.add_argument(
+        "--symmetric", action=argparse.BooleanOptionalAction, help="only these, or the others"
+    )
     parser.add_argument("--runs", type=int, metavar="N", help="stop after so many new ones")
     chosen = parser.parse_args()
     folder = cache_folder().absolute() / "benchmark-models"
     models = {name: Path(path) for name, _, path in (pair.partition("=") for pair in chosen.model)}
+    trained = f"{TRAINED}-{chosen.train}-steps"  # another number of them makes another model
     if chosen.cost:
         models = {name: folder / name for name in RANDOM} | models
     elif chosen.train:
-        models[TRAINED] = folder / TRAINED
+        models[trained] = folder / trained
     METHODS.update(VARIANTS)  # type: ignore[attr-defined]
     runs: list[dict[str, Any]] = json.loads(chosen.out.read_text()) if chosen.out.exists() else []
     left = chosen.runs or -1
     for name, path, setting in _costs(models) if chosen.cost else _settings(models):
         if any(run["model"] == name and run["setting"] == setting for run in runs):
             continue
-        if name == TRAINED:
+        if chosen.method and setting["method"] not in chosen.method:
+            continue
+        if chosen.symmetric is not None and setting.get("symmetric", False) != chosen.symmetric:
+            continue
+        if name == trained:
             _small_model(path, "train", str(chosen.train))
         elif name in RANDOM:
             _small_model(path, "random", *map(str, RANDOM[name]))
         snapshot = resolve(parse_ref(str(path)), SilentReporter())
-        documents = _library_texts() if name == TRAINED else None
+        documents = _library_texts() if name == trained else None
         recipe = _recipe(snapshot, setting, documents)
         if recipe is None:
             continue

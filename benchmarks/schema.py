@@ -32,7 +32,8 @@ class ImageFacts:
     reference: as the user named it; id: the engine's content id ("sha256:..."), by which it is also started,
     so that a tag that moves during the benchmark changes nothing; size: bytes on disk. Of images of ours,
     weights: where they are from, weight_bytes: on disk, model_path: their folder in the container. off:
-    optimisations of the runtime that these starts go without; reference then says so too.
+    optimisations of the runtime that these starts go without; arguments: what the server gets. reference then
+    says so too.
     """
 
     reference: str
@@ -43,6 +44,12 @@ class ImageFacts:
     weight_bytes: int | None = None
     model_path: str | None = None
     off: tuple[str, ...] = ()
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def tag(self) -> str:
+        """What the container engine knows the image by: the reference without what else it says."""
+        return self.reference.partition(" ")[0]
 
     def without(self, *off: str, name: str = "") -> ImageFacts:
         """The same image, started without these optimisations. name: of them together."""

@@ -1,6 +1,7 @@
 """Shutdowns under load, again and again, and SIGTERM in every phase of start-up: `make soak`.
 
-Prints one line a round, and a summary; raw figures to a JSON file. Exits 1 if anything was lost or cut short.
+Prints one line a round, and a summary; raw figures to a JSON file. Exits 1 if anything was lost or cut short,
+if clients were not told to go elsewhere while requests were still served, or if PID 1 took too much memory.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from http.client import HTTPException
 from pathlib import Path
@@ -30,16 +31,24 @@ _STOP_SECONDS = 600
 _PROBE_SECONDS = 0.05
 # What a stop in start-up may take.
 _START_UP_STOP_SECONDS = 2.0
+# What PID 1 may have had resident at its peak.
+_PEAK_BYTES = 60e6
+# A start that compiles, for minutes: nothing that was recorded is used.
+_COMPILE_ARGUMENTS = ("--off", "recording", "--no-enforce-eager")
+_COMPILE_ENVIRONMENT = {"TORCH_COMPILE_DISABLE": "0"}
 # The moments of a SIGTERM in start-up, one a round.
 _PHASES = (
     *(Phase.SERVER_BIND, Phase.ENGINE_IMPORT, Phase.MODEL_DOWNLOAD, Phase.CONFIG_PARSE, Phase.TOKENIZER_INIT),
-    *(Phase.ENGINE_INIT, Phase.WEIGHT_LOAD, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE, Phase.READY),
+    *(Phase.ENGINE_INIT, Phase.WEIGHT_LOAD, Phase.COMPILE, Phase.KV_CACHE_ALLOC, Phase.GRAPH_CAPTURE),
+    Phase.READY,
 )
 
 
 @contextmanager
-def _started(engine: DockerEngine, image: str, *arguments: str) -> Iterator[Container]:
-    container = engine.start(image, arguments=arguments)
+def _started(
+    engine: DockerEngine, image: str, arguments: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[Container]:
+    container = engine.start(image, arguments=arguments, environment=environment)
     try:
         yield container
     finally:
@@ -67,27 +76,52 @@ def _startup(container: Container, latencies: list[float] | None = None) -> Iter
     raise SystemExit(f"the container did not get ready:\n{container.logs()[-2000:]}")
 
 
+def _reached(phase: Phase, body: Any) -> bool:
+    """Whether `phase` runs or is over. PID 1 binds and reads settings before anybody can ask: any other phase
+    is one of another process.
+    """
+    rows = [row for row in body["running"] + body["phases"] if row["pid"] != 1 or phase is Phase.SERVER_BIND]
+    return phase.value in [row["phase"] for row in rows]
+
+
+def _peak_kib(pid: int) -> int:
+    """The most that a process had resident, read until it ends; 0 where it is not on this machine."""
+    peak = 0
+    with suppress(OSError, StopIteration):
+        while True:
+            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+            # One that ended and was not collected yet has no such line.
+            peak = int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+            time.sleep(_PROBE_SECONDS)
+    return peak
+
+
 def under_load(engine: DockerEngine, image: str) -> dict[str, Any]:
     """One start and one shutdown with streams and short requests under way."""
     latencies: list[float] = []
-    with _started(engine, image, "--drain-delay", "5", "--drain-timeout", "300") as container:
+    with _started(engine, image, ("--drain-delay", "5", "--drain-timeout", "300")) as container:
         *_, (_, body) = _startup(container, latencies)
         bind = next(p["end"] - p["start"] for p in body["phases"] if p["phase"] == Phase.SERVER_BIND)
         model = client.model_name(client.get(container.host_port(), "/v1/models", 10.0).body)
         begun: list[float] = []
+        peaks: list[int] = []
+        pid1 = container.pid()
 
         def terminate() -> None:
             begun.append(time.monotonic())
             container.signal("SIGTERM")
 
+        def wait() -> int:
+            peaks.append(_peak_kib(pid1))
+            return container.wait(_STOP_SECONDS)
+
         target = Target(container.address(), _PORT, model)
-        tally, code = asyncio.run(
-            shut_down_under_load(target, terminate, lambda: container.wait(_STOP_SECONDS))
-        )
+        tally, code = asyncio.run(shut_down_under_load(target, terminate, wait))
         return {
             "tally": tally.to_json(),
             "exit_code": code,
             "seconds": time.monotonic() - begun[0],
+            "peak_memory_kib": peaks[0],
             "server_bind_seconds": bind,
             "probe_seconds": latencies,
         }
@@ -95,14 +129,24 @@ def under_load(engine: DockerEngine, image: str) -> dict[str, Any]:
 
 def in_start_up(engine: DockerEngine, image: str, phase: Phase) -> dict[str, Any]:
     """SIGTERM as soon as /startup shows `phase`."""
-    with _started(engine, image) as container:
+    compiles = (_COMPILE_ARGUMENTS, _COMPILE_ENVIRONMENT) if phase is Phase.COMPILE else ((), None)
+    with _started(engine, image, *compiles) as container:
         for _, body in _startup(container):
-            if phase.value in [item["phase"] for item in body["running"] + body["phases"]]:
+            if _reached(phase, body):
                 break
+        else:
+            raise SystemExit(f"a start of {image} had no {phase.value}")
         begun = time.monotonic()
         container.signal("SIGTERM")
         code = container.wait(_STOP_SECONDS)
         return {"phase": phase.value, "exit_code": code, "seconds": time.monotonic() - begun}
+
+
+def _failed(round_: Mapping[str, Any]) -> bool:
+    tally = round_["tally"]
+    cut = round_["exit_code"] or tally["lost"] or tally["errors"]
+    served = tally["late_streams"] and tally["closed"]
+    return bool(cut) or not served or not 0 < round_["peak_memory_kib"] * 1024 < _PEAK_BYTES
 
 
 def main() -> int:
@@ -120,12 +164,13 @@ def main() -> int:
         print(
             f"{index + 1}/{options.count}: exit {rounds[-1]['exit_code']} "
             f"after {rounds[-1]['seconds']:.1f} s, "
-            f"{tally['streams']} streams whole, {tally['errors']} ended, {len(tally['lost'])} lost, "
-            f"answers {tally['answers']}; in {start['phase']}: exit {start['exit_code']} "
-            f"after {start['seconds']:.2f} s",
+            f"{tally['streams']} streams whole ({tally['late_streams']} of them late), "
+            f"{tally['errors']} ended, {len(tally['lost'])} lost, answers {tally['answers']}, "
+            f"{tally['closed']} closed; PID 1 had {rounds[-1]['peak_memory_kib']} KiB; "
+            f"in {start['phase']}: exit {start['exit_code']} after {start['seconds']:.2f} s",
             flush=True,
         )
-    failed = [r for r in rounds if r["exit_code"] or r["tally"]["lost"] or r["tally"]["errors"]]
+    failed = [r for r in rounds if _failed(r)]
     failed_starts = [s for s in starts if s["exit_code"] or s["seconds"] > _START_UP_STOP_SECONDS]
     probes = sorted(seconds for r in rounds for seconds in r["probe_seconds"])
     summary = {
@@ -134,8 +179,12 @@ def main() -> int:
         "rounds": len(rounds),
         "failed_rounds": len(failed),
         "streams": sum(r["tally"]["streams"] for r in rounds),
+        "late_streams": sum(r["tally"]["late_streams"] for r in rounds),
+        "closed": sum(r["tally"]["closed"] for r in rounds),
         "answers": sum(sum(r["tally"]["answers"].values()) for r in rounds),
         "lost": sum(len(r["tally"]["lost"]) for r in rounds),
+        "peak_memory_kib_max": max(r["peak_memory_kib"] for r in rounds),
+        "peak_memory_kib_allowed": int(_PEAK_BYTES / 1024),
         "failed_starts": len(failed_starts),
         "start_up_stop_seconds_max": max(s["seconds"] for s in starts),
         "server_bind_seconds": asdict(summarize([r["server_bind_seconds"] for r in rounds])),

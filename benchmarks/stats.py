@@ -58,8 +58,11 @@ class Estimate:
 
     @property
     def half_width(self) -> float | None:
-        """Of the interval, as a share of the value."""
-        return None if self.interval is None else (self.interval[1] - self.interval[0]) / 2 / self.value
+        """Of the interval, as a share of the value: of its wider side, where the sides differ."""
+        if self.interval is None:
+            return None
+        low, high = self.interval
+        return max(high - self.value, self.value - low) / self.value
 
 
 class Verdict(enum.StrEnum):

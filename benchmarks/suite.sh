@@ -46,5 +46,6 @@ name=$results/ablation-$today
 coldstart bench ablate "$COMPILED" --runs "$ABLATION_RUNS" --page-cache warm --json "$name.json" --svg "$name.svg"
 name=$results/ablation-eager-$today-cold
 coldstart bench ablate "$EAGER" --only deferred-imports --only read-ahead --runs "$ABLATION_RUNS" --page-cache cold --json "$name.json"
-python -m benchmarks.floor "$EAGER" "$results/smollm2-$today-warm.json" "$results/floor-$today.json"
+python -m benchmarks.floor "$EAGER" "$results/smollm2-$today-warm.json" "$results/smollm2-$today-cold.json" "$results/floor-$today.json"
 python -m benchmarks.golden_tolerance "$EAGER" "$results/golden-tolerance-$today.json"
+python -m benchmarks.readme

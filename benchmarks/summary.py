@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from statistics import median, median_low
 
@@ -46,6 +46,7 @@ _WORDS = {
     Phase.FIRST_TOKEN: "first token",
 }
 _NEXT_MIN_SHARE = 0.01
+_OPTIONS = {"page_cache": "--page-cache", "compile_cache": "--compile-cache", "pulled": "--pull"}
 _CACHE = {"cold": "cold", "warm": "warm", "as_is": "not controlled"}
 
 
@@ -65,7 +66,8 @@ def is_ablation(result: BenchResult) -> bool:
 def short_names(result: BenchResult) -> dict[str, str]:
     """Reference -> name without registry and path, or the whole reference where that would be ambiguous."""
     references = [image.reference for image in result.images]
-    names = [reference.rpartition("/")[2] for reference in references]
+    split = [reference.partition(" ") for reference in references]  # arguments have paths of their own
+    names = [image.rpartition("/")[2] + space + rest for image, space, rest in split]
     distinct = len(set(names)) == len(names)
     return dict(zip(references, names if distinct else references, strict=True))
 
@@ -153,15 +155,26 @@ class Decision:
 
 
 def decide(result: BenchResult, allowed: float) -> list[Decision]:
-    """Each further image against the first, the baseline."""
+    """Each further image against the first, the baseline. Starts in different states decide nothing."""
     names = short_names(result)
+    then = result.measured(result.images[0].reference)
     return [
-        Decision(image.reference, *_decided(names[image.reference], ratio(result, image.reference), allowed))
+        Decision(
+            image.reference,
+            *_decided(
+                names[image.reference],
+                ratio(result, image.reference),
+                allowed,
+                _difference(result.measured(image.reference), then),
+            ),
+        )
         for image in result.images[1:]
     ]
 
 
-def _decided(name: str, found: Estimate | None, allowed: float) -> tuple[Verdict, str]:
+def _decided(name: str, found: Estimate | None, allowed: float, difference: str) -> tuple[Verdict, str]:
+    if found is not None and difference:
+        return Verdict.UNDECIDED, f"{name}: not decided: {difference}."
     if found is None or found.interval is None:
         runs = found.runs if found else 0
         why = f"{_times(runs)} measured on one side; at least {MIN_SAMPLES_FOR_INTERVAL} runs are needed"
@@ -193,7 +206,25 @@ def baseline_lines(result: BenchResult, baseline: BenchResult, source: str) -> l
         lines.append(f"The baseline ran on another machine ({where}): ratios include the difference.")
     if baseline.workload != result.workload:
         lines.append("The baseline ran another request: ratios of the first token include the difference.")
+    if difference := _difference(result.runs, baseline.runs):
+        lines.append(f"Not comparable: {difference}.")
     return lines
+
+
+def _difference(now: Sequence[Run], then: Sequence[Run]) -> str:
+    """Between the states that runs found and those of a baseline, with the remedy; empty where they agree."""
+    here, there = ({run.state for run in runs} for runs in (now, then))
+    options = [
+        option
+        for name, option in _OPTIONS.items()
+        if {getattr(state, name) for state in here} != {getattr(state, name) for state in there}
+    ]
+    if not options:
+        return ""
+    return (
+        f"the baseline ran with {_states(there)}, these starts with {_states(here)}; "
+        f"measure both with the same {' and '.join(options)}"
+    )
 
 
 def median_run(result: BenchResult, image: str) -> Run | None:
@@ -250,12 +281,12 @@ def compared(result: BenchResult) -> str:
     one_benchmark = len({run.order for run in result.runs}) == len(result.runs)
     turns = ", in turn" if several and one_benchmark else ""
     failed = f"{len(result.failed)} of {len(result.runs)} runs failed" if result.failed else "none failed"
+    states = _states({run.state for run in result.runs} or {State()})
     verb = "Compared" if several else "Measured"
-    return f"{verb}: {names}, {started}{turns}; {failed}; {_state(result)}."
+    return f"{verb}: {names}, {started}{turns}; {failed}; {states}."
 
 
-def _state(result: BenchResult) -> str:
-    states = {run.state for run in result.runs} or {State()}
+def _states(states: Set[State]) -> str:
     if len(states) > 1:
         return "caches in differing states"
     (state,) = states

@@ -12,7 +12,6 @@ from benchmarks.summary import UNATTRIBUTED, compared, median_run, short_names, 
 from builder.errors import HostError, InputError
 
 WIDTH = 1000
-HISTORY_HEIGHT = 420
 _LEFT = 132  # of the first bar: process names stand before it
 _RIGHT = 24
 MARGIN = 20
@@ -144,7 +143,8 @@ def waterfall_svg(result: BenchResult) -> str:
     kinds = list(dict.fromkeys(KINDS.values()))
     colors = {kind: canvas.color(f"k{i}", kind.light, kind.dark) for i, kind in enumerate(kinds)}
     seen = {KINDS[bar.phase] for _, one in drawn for lane in one.lanes for bar in lane.bars}
-    y = _legend(canvas, [(kind.name, colors[kind]) for kind in kinds if kind in seen], 30)
+    entries = [(kind.name, colors[kind]) for kind in kinds if kind in seen]
+    y = legend(canvas, [*entries, (UNATTRIBUTED, "hatch"), ("pale: not on the critical path", "muted")], 30)
     scale = (WIDTH - _LEFT - _RIGHT) / max(one.seconds for _, one in drawn)
     for name, one in drawn:
         y = _one(canvas, name, one, colors, scale, y + 18)
@@ -155,11 +155,15 @@ def waterfall_svg(result: BenchResult) -> str:
     return canvas.finish(y + MARGIN)
 
 
-def _legend(canvas: Canvas, entries: list[tuple[str, str]], y: float) -> float:
+def legend(canvas: Canvas, entries: Sequence[tuple[str, str]], y: float) -> float:
+    """(name, colour) in as many rows as they need, the first at `y`; the last one's y."""
     x: float = MARGIN
-    for name, color in [*entries, (UNATTRIBUTED, "hatch"), ("pale: not on the critical path", "muted")]:
+    longest = int((WIDTH - 2 * MARGIN - 16) / (12 * _CHARACTER))
+    for whole, color in entries:
+        # The end of a reference tells more of it than its registry.
+        name = whole if len(whole) <= longest else "…" + whole[1 - longest :]
         width = 16 + len(name) * 12 * _CHARACTER + 14
-        if x + width > WIDTH - MARGIN:
+        if x > MARGIN and x + width > WIDTH - MARGIN:
             x, y = MARGIN, y + 20
         canvas.rect(x, y - 10, 11, 11, color, pale=color == "muted")
         canvas.text(x + 16, y, name)

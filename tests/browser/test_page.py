@@ -248,3 +248,25 @@ def test_the_history_fits_a_narrow_screen(browser: Chrome, tmp_path: Path) -> No
     browser.get(path.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
     assert len(all_of(browser, "svg circle")) == 3
+
+
+OUTSIDE = """
+const plot = document.querySelector("svg").viewBox.baseVal;
+return [...document.querySelectorAll("svg text")]
+  .filter((text) => {
+    const box = text.getBBox();
+    return box.x < 0 || box.x + box.width > plot.width || box.y < 0 || box.y + box.height > plot.height;
+  })
+  .map((text) => text.textContent);
+"""
+
+
+def test_no_text_of_a_history_of_many_series_leaves_its_plot(browser: Chrome, tmp_path: Path) -> None:
+    path = tmp_path / "history.html"
+    lines = history.series(history.read_folder(RESULTS)[0])
+    path.write_text(history.page(lines))
+    resize(browser, 1200)
+    browser.get(path.as_uri())
+    shown = [text.text for text in all_of(browser, "svg text")]
+    assert {line.name for line in lines} <= set(shown)
+    assert browser.execute_script(OUTSIDE) == []

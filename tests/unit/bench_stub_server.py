@@ -1,7 +1,7 @@
 """A server that starts, answers and fails as its JSON argument says; the bench tests run it as a subprocess.
 
 Prints its port once it listens, as a container engine would publish it. It reports known phases at known
-offsets, so that what the harness records can be compared with them.
+offsets, so that what the harness records can be compared with them. An image test runs it in a container.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from metronome import Metronome  # type: ignore[import-not-found] # beside this 
 
 STARTED = time.time()
 PLAN: dict[str, Any] = {
+    "address": ["127.0.0.1", 0],
     "ready_after": 0.1,  # None: never
     "die_after": None,
     "die_in_answer": False,
@@ -33,12 +34,14 @@ PLAN: dict[str, Any] = {
     "token_seconds": 0.0,  # before each
     "exit_code": 0,
     "vllm_log": False,  # sleep through known phases, logging as vLLM does; ready at the end
-    "record": False,  # tell what happened when: see `tell`
+    "stamps": True,  # of that log's lines; a real container engine has its own
+    "record": False,  # tell what happened when: see `tell`; at /recorded too
     **json.loads(sys.argv[1]),
 }
 EVENTS = [("server_bind", 0.0, 0.02), ("engine_import", 0.01, 0.06), ("weight_load", 0.05, 0.09)]
 STARTING = b'{"error": {"code": "starting", "phase": "engine_import"}}'
 TOKENS = ["", " Paris", "."]
+RECORDED: list[list[Any]] = []
 VLLM_PHASES = [
     ("engine_import", "APIServer pid=1", "non-default args: {}"),
     ("config_parse", "APIServer pid=1", "Resolved architecture: Stub"),
@@ -62,7 +65,8 @@ def log_as_vllm() -> None:
         time.sleep(0.06)
         end = time.time()
         # Stamped here, as a container engine stamps lines: how late it reads them is not the tool's error.
-        say(f"@{end} ({process}) INFO 01-01 00:00:00 [stub.py:1] {line}")
+        stamp = f"@{end} " if PLAN["stamps"] else ""
+        say(f"{stamp}({process}) INFO 01-01 00:00:00 [stub.py:1] {line}")
         tell(name, process.split()[0], begin, end)
     PLAN["logged"], PLAN["ready_after"] = end, 0
 
@@ -70,7 +74,8 @@ def log_as_vllm() -> None:
 def tell(name: str, process: str, begin: float, end: float) -> None:
     """What the server itself knows of a phase, for whoever compares it with what was measured."""
     if PLAN["record"]:
-        say(f"recorded: {json.dumps([name, process, begin, end])}")
+        RECORDED.append([name, process, begin, end])
+        say(f"recorded: {json.dumps(RECORDED[-1])}")
 
 
 def ready() -> bool:
@@ -104,6 +109,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/startup" and PLAN["startup"] != "missing":
             body = startup_report() if PLAN["startup"] == "report" else PLAN["startup"].encode()
             self.reply(200 if ready() else 503, body)
+        elif self.path == "/recorded":
+            self.reply(200, json.dumps(RECORDED).encode())
         else:
             self.reply(404, b"{}")
 
@@ -161,7 +168,7 @@ def on_term(signum: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGTERM, on_term)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server = ThreadingHTTPServer(tuple(PLAN["address"]), Handler)
     server.daemon_threads = True
     print(server.server_address[1], flush=True)
     tell("container_start", "client", 0.0, STARTED)

@@ -105,10 +105,8 @@ def pulled(total: float = 25.0) -> Run:
 
 
 def test_rates_of_a_run_reproduce_it() -> None:
-    node = bake.rates_of(pulled(), weights=1000 * MB)
+    node = bake.rates_of(pulled())
     assert (node.registry, node.unpack, node.disk) == (100 * MB, 200 * MB, None)
-    cold = pulled().model_copy(update={"state": State(page_cache="cold")})
-    assert bake.rates_of(cold, weights=1000 * MB).disk == pytest.approx(400 * MB)
     model = replace(MODEL, rest=bake.rest_of(pulled()))
     assert bake.seconds("bake", model, node) == pytest.approx(25.0)
 
@@ -116,7 +114,7 @@ def test_rates_of_a_run_reproduce_it() -> None:
 def test_a_run_without_a_pull_gives_no_rates() -> None:
     run = pulled()
     with pytest.raises(ValueError, match="--pull"):
-        bake.rates_of(run.model_copy(update={"phases": run.phases[2:]}), weights=1)
+        bake.rates_of(run.model_copy(update={"phases": run.phases[2:]}))
 
 
 def result_of(*runs: Run) -> BenchResult:
@@ -236,6 +234,20 @@ def test_the_command_says_what_is_soonest(tmp_path: Path) -> None:
         CliRunner().invoke(app, [*command, "--hub", "0"], catch_exceptions=False)
 
 
+def cold_starts(folder: Path) -> Path:
+    """A result without a pull, whose imports read 800 MB in 2 s while the weights were hardly read at all."""
+    reading = MeasuredPhase(
+        Phase.ENGINE_IMPORT, 1000, 1002, "template", 1, resources=Resources(read_bytes=800 * MB)
+    )
+    little = MeasuredPhase(
+        Phase.WEIGHT_LOAD, 1003, 1003.001, "EngineCore", 1, resources=Resources(read_bytes=1 * MB)
+    )
+    run = pulled().model_copy(update={"state": State(page_cache="cold"), "phases": (reading, little)})
+    path = folder / "cold.json"
+    path.write_text(result_of(run).model_dump_json())
+    return path
+
+
 def test_a_node_that_has_more_or_less_than_the_measured_one(tmp_path: Path) -> None:
     file = tmp_path / "r.json"
     file.write_text(three_ways().model_dump_json())
@@ -245,7 +257,8 @@ def test_a_node_that_has_more_or_less_than_the_measured_one(tmp_path: Path) -> N
     assert "the node has nothing" in nothing.output
     assert "bake 70.0 s, download 74.0 s, mount 68.0 s" in nothing.output  # 30 to pull, 15 to unpack
     assert "(bake): 25.0 s predicted, 25.0 s measured" in nothing.output  # by nodes that had the base
-    there = CliRunner().invoke(app, [*command, "--node-has", "image", "--disk", "400"])
+    there = CliRunner().invoke(app, [*command, "--node-has", "image", "--cold", str(cold_starts(tmp_path))])
+    assert "disk 400," in there.output, there.output
     assert "bake 15.5 s" in there.output
     assert "of the registry on" not in there.output
     slow = CliRunner().invoke(app, [*command, "--unpack", "100"])
@@ -254,6 +267,8 @@ def test_a_node_that_has_more_or_less_than_the_measured_one(tmp_path: Path) -> N
         (["--base", "3000"], "go together"),
         (["--node-has", "nothing"], "go together"),
         (["--node-has", "image"], "does not tell"),
+        (["--cold", str(file)], "does not tell"),
+        (["--cold", str(file), "--disk", "1"], "both tell"),
     ):
         with pytest.raises(InputError, match=words):
             CliRunner().invoke(app, [*command, *wrong], catch_exceptions=False)

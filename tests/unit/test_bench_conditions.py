@@ -6,6 +6,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ import pytest
 from benchmarks import page_cache
 from benchmarks.harness import Conditions
 from benchmarks.pull import Pull
-from benchmarks.schema import Run, State
+from benchmarks.schema import ImageFacts, Run, State
 from builder.errors import BuildError, HostError, InputError
 from runtime.phases import Phase, now
-from tests.unit.test_bench_harness import Notes, StubContainer, StubHost, bench
+from tests.unit.test_bench_harness import Notes, StubContainer, StubHost, Watching, bench
+
+ROOT = "VLLM_CACHE_ROOT"
 
 # Page cache
 
@@ -109,6 +112,16 @@ def test_a_warm_compile_cache_is_filled_by_a_start_that_does_not_count() -> None
     ]
 
 
+def test_a_watcher_begins_anew_after_the_start_that_fills_a_cache() -> None:
+    seen = Watching()
+    conditions = Conditions(compile_cache="warm", sample=False)
+    (run,) = bench(StubHost(ours={}), "ours", conditions=conditions, watcher=seen).runs
+    assert [entry for entry in seen.all if not isinstance(entry, Phase)] == [
+        *["ours", "answered"] * 2,
+        run,
+    ]
+
+
 @pytest.mark.parametrize(
     ("plan", "stays_empty", "reason"),
     [({"ready_after": None, "die_after": 0.05}, False, "exited with code 3"), ({}, True, "wrote nothing")],
@@ -132,6 +145,25 @@ def test_ctrl_c_while_a_cache_is_filled_leaves_no_volume() -> None:
     with pytest.raises(KeyboardInterrupt):
         compile_runs(host, "warm")
     assert [volume.removed for volume in host.volumes] == [1]
+
+
+class OursHost(StubHost):
+    def image_facts(self, image: str) -> ImageFacts:
+        found = super().image_facts(image)
+        return replace(found, weights="bake") if image == "ours" else found
+
+
+@pytest.mark.parametrize("given", [Conditions(compile_cache="warm"), Conditions(environment={ROOT: "/x"})])
+def test_a_cache_that_hides_the_recording_of_an_image_of_ours_is_told(given: Conditions) -> None:
+    ours, stock = bench(OursHost(ours={}, stock={}), "ours", "stock", conditions=given).runs
+    (warning,) = (each for each in ours.warnings if ROOT in each)
+    assert warning.endswith("a recording in the image is not used")
+    assert not [each for each in stock.warnings if ROOT in each]
+
+
+def test_an_image_of_ours_with_its_own_cache_has_no_warning() -> None:
+    (run,) = bench(OursHost(ours={}), "ours", conditions=Conditions(sample=False)).runs
+    assert run.warnings == ()
 
 
 # Pull

@@ -7,15 +7,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from benchmarks import client, harness
 from benchmarks.harness import Conditions, describe_machine, interleave, run_benchmark
-from benchmarks.schema import BenchResult, ImageFacts, Run
+from benchmarks.schema import BenchResult, ImageFacts, MeasuredPhase, Run
 from builder.errors import HostError, InputError
 from builder.report import SilentReporter
 from runtime.phases import Phase
@@ -118,7 +119,12 @@ class StubHost:
         return ImageFacts(image, f"id-{image}", 1000, {"org.opencontainers.image.title": image})
 
     def start(
-        self, image: str, *, environment: Mapping[str, str], volumes: Mapping[str, str]
+        self,
+        image: str,
+        *,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        volumes: Mapping[str, str],
     ) -> StubContainer:
         self.started.append((environment, volumes))
         container = self.new(image, self.plans[image.removeprefix("id-")])
@@ -446,26 +452,110 @@ def test_fewer_runs_at_most_than_at_least_are_refused() -> None:
 
 
 def test_a_watcher_sees_each_run_and_the_phase_that_the_image_tells() -> None:
-    class Seen:
-        def __init__(self) -> None:
-            self.all: list[object] = []
-
-        def begin(self, image: str) -> None:
-            self.all.append(image)
-
-        def poll(self, phase: Phase | None) -> None:
-            if phase != self.all[-1]:
-                self.all.append(phase)
-
-        def answered(self) -> None:
-            self.all.append("answered")
-
-        def end(self, run: Run) -> None:
-            self.all.append(run)
-
-    seen = Seen()
+    seen = Watching()
     result = bench(StubHost(a={}), "a", watcher=seen)
     assert seen.all == ["a", Phase.ENGINE_IMPORT, "answered", *result.runs]
+
+
+class Watching:
+    """A watcher that keeps what it is told; of a log how many phases ended."""
+
+    def __init__(self, follows_log: bool = True) -> None:
+        self.follows_log = follows_log
+        self.all: list[object] = []
+
+    def begin(self, image: str) -> None:
+        self.all.append(image)
+
+    def poll(self, phase: Phase | None) -> None:
+        if phase is not None and phase != self.all[-1]:
+            self.all.append(phase)
+
+    def follow(self, phases: Sequence[MeasuredPhase]) -> None:
+        self.all.append(len(phases))
+
+    def answered(self) -> None:
+        self.all.append("answered")
+
+    def end(self, run: Run) -> None:
+        self.all.append(run)
+
+
+class Counting(StubContainer):
+    """Counts how often its log was read."""
+
+    looks = 0
+
+    def timed_logs(self) -> list[tuple[float, str]]:
+        self.looks += 1
+        return super().timed_logs()
+
+
+STOCK: dict[str, Any] = {"vllm_log": True, "startup": "missing", "ready_after": None}
+
+
+def refused(port: int, path: str, timeout: float) -> client.Reply:
+    """As of stock vLLM, which does not listen before it is ready."""
+    reply = GET(port, path, timeout)
+    if reply.status == 503:
+        raise ConnectionRefusedError
+    return reply
+
+
+GET = client.get
+
+
+def watched(
+    monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], **flags: bool
+) -> tuple[Watching, Run, int]:
+    """What was told of one start with a look each 0.1 s, and how often the log was read."""
+    monkeypatch.setattr(harness, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(harness, "_LOOK_BUSY_SHARE", 1.0)
+    if plan is STOCK:
+        monkeypatch.setattr(client, "get", refused)
+    seen, host = Watching(**flags), StubHost(Counting, a=plan)
+    (run,) = bench(host, "a", watcher=seen).runs
+    assert isinstance(host.containers[0], Counting)
+    return seen, run, host.containers[0].looks
+
+
+def test_a_watcher_follows_the_log_of_an_image_that_answers_nothing_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen, run, looks = watched(monkeypatch, STOCK)
+    told = [entry for entry in seen.all if isinstance(entry, int)]
+    assert run.ok
+    assert looks == len(told) > 2
+    assert told == sorted(told)
+    assert 0 < told[0] < told[-1]
+    reported = [event for event in run.phases if event.process != "client"]
+    assert told[-1] == len(reported)
+    assert seen.all[-2:] == ["answered", run]
+
+
+@pytest.mark.parametrize(
+    ("plan", "flags"), [(STOCK, {"follows_log": False}), ({"ready_after": 0.5}, {})], ids=["unseen", "ours"]
+)
+def test_a_log_is_read_once_where_nobody_watches_or_the_image_tells_its_phase(
+    monkeypatch: pytest.MonkeyPatch, plan: dict[str, Any], flags: dict[str, bool]
+) -> None:
+    _, run, looks = watched(monkeypatch, plan, **flags)
+    assert run.ok
+    assert looks == 1
+
+
+def test_a_look_that_fails_leaves_the_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Mute(StubContainer):
+        def timed_logs(self) -> list[tuple[float, str]]:
+            raise HostError("no log driver")
+
+    monkeypatch.setattr(harness, "_LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(client, "get", refused)
+    seen = Watching()
+    (run,) = bench(StubHost(Mute, a=STOCK), "a", watcher=seen).runs
+    assert run.ok
+    assert seen.all == ["a", "answered", run]
+    assert run.warnings == ("no log driver",)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from benchmarks.live import LiveView
 from benchmarks.page import page
-from benchmarks.schema import BenchResult, MeasuredPhase, Resources, Run, read_result
+from benchmarks.schema import BenchResult, MeasuredPhase, Resources, Run, State, read_result
 from benchmarks.svg import png, waterfall_svg
 from builder.errors import HostError, InputError
 from runtime.phases import Phase
@@ -188,6 +188,25 @@ def test_phases_fill_up_on_the_scale_of_the_slowest_start_so_far() -> None:
     assert shown().splitlines()[1].count("█") < early.splitlines()[1].count("█")
 
 
+def test_what_a_log_tells_are_rows_of_stretches_without_gaps() -> None:
+    view = LiveView(Console(file=io.StringIO(), width=60), clock=lambda: 1000.0)
+    view.begin("a")
+    told = [
+        (Phase.ENGINE_IMPORT, 1001.0, 1003.0, "APIServer"),
+        (Phase.ENGINE_IMPORT, 1004.0, 1006.0, "EngineCore"),
+        (Phase.WEIGHT_LOAD, 1006.0, 1007.0, "Worker"),
+        (Phase.WEIGHT_LOAD, 1006.5, 1008.0, "Worker"),
+        (Phase.WEIGHT_LOAD, 1008.0, 1009.0, "Worker"),
+    ]
+    for _ in range(2):  # each look tells all anew
+        view.follow([MeasuredPhase(phase, start, end, name, 1) for phase, start, end, name in told])
+    console = Console(file=io.StringIO(), width=60)
+    console.print(view.render())
+    assert isinstance(console.file, io.StringIO)
+    rows = [(line.split()[0], line.split()[-2]) for line in console.file.getvalue().splitlines()[2:]]
+    assert rows == [("engine_import", "2.0"), ("engine_import", "2.0"), ("weight_load", "3.0")]
+
+
 # The commands
 
 
@@ -245,6 +264,17 @@ def test_only_a_sure_regression_fails_with_a_code_of_its_own(
     assert done.returncode == code, done.stderr
     assert told in done.stdout
     assert (told in done.stderr) == (code != 0)
+
+
+def test_a_baseline_in_another_state_is_no_regression(tmp_path: Path) -> None:
+    result = slower([9.9, 10.0, 10.1], [20.0, 20.1, 20.2])
+    cold = [run.model_copy(update={"state": State(page_cache="cold")}) for run in result.runs[3:]]
+    old = result.model_copy(update={"images": result.images[:1], "runs": result.runs[:3]})
+    new = result.model_copy(update={"images": result.images[1:], "runs": tuple(cold)})
+    old_file, new_file = written(tmp_path / "old.json", old), written(tmp_path / "new.json", new)
+    done = coldstart("bench", "report", new_file, "--baseline", old_file, "--max-regression", "10%")
+    assert done.returncode == 0, done.stderr
+    assert "new: not decided: the baseline ran with page cache not controlled" in done.stdout
 
 
 @pytest.mark.parametrize(

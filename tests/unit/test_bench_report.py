@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from benchmarks.report import comparison, markdown, phase_table
-from benchmarks.schema import BenchResult, ImageFacts, MeasuredPhase, Run, Workload
+from benchmarks.schema import BenchResult, ImageFacts, MeasuredPhase, Run, State, Workload
 from benchmarks.stats import Verdict
 from benchmarks.summary import baseline_lines, decide, phase_rows, short_names, summary_lines, with_baseline
 from runtime.phases import Phase
@@ -263,3 +263,41 @@ def test_a_baseline_of_another_machine_is_told() -> None:
     now = compared(3)
     then = now.model_copy(update={"machine": now.machine.model_copy(update={"cores": 8})})
     assert "another machine (Test CPU, 8 cores" in baseline_lines(now, then, "a.json")[1]
+
+
+def in_state(result: BenchResult, state: State) -> BenchResult:
+    runs = tuple(run.model_copy(update={"state": state}) for run in result.runs)
+    return result.model_copy(update={"runs": runs})
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "told"),
+    [
+        (
+            State(page_cache="warm"),
+            State(page_cache="cold"),
+            "the baseline ran with page cache warm, compile cache not controlled, "
+            "these starts with page cache cold, compile cache not controlled; "
+            "measure both with the same --page-cache",
+        ),
+        (State(), State(compile_cache="cold"), "measure both with the same --compile-cache"),
+        (State(compile_cache="warm"), State(pulled=True), "the same --compile-cache and --pull"),
+    ],
+)
+def test_starts_in_another_state_than_the_baselines_decide_nothing(
+    then: State, now: State, told: str
+) -> None:
+    result = slower([9.9, 10.0, 10.1], [20.0, 20.1, 20.2])
+    old = result.model_copy(update={"images": result.images[:1], "runs": result.runs[:3]})
+    new = result.model_copy(update={"images": result.images[1:], "runs": result.runs[3:]})
+    old, new = in_state(old, then), in_state(new, now)
+    (decision,) = decide(with_baseline(new, old, "old"), 0.10)
+    assert decision.verdict is Verdict.UNDECIDED
+    assert decision.sentence.startswith("new: not decided: the baseline ran with ")
+    assert decision.sentence.endswith(f"{told}.")
+    assert baseline_lines(new, old, "a.json")[-1].startswith("Not comparable: the baseline ran with ")
+
+
+def test_starts_in_the_baselines_state_are_decided() -> None:
+    result = in_state(slower([9.9, 10.0, 10.1], [20.0, 20.1, 20.2]), State(page_cache="cold"))
+    assert [decision.verdict for decision in decide(result, 0.10)] == [Verdict.REGRESSED]

@@ -167,6 +167,12 @@ def test_median_with_interval_is_in_the_unit_of_the_samples() -> None:
     assert found.half_width == 0.1
 
 
+def test_an_interval_is_as_wide_as_its_wider_side() -> None:
+    assert Estimate(1.0, (0.99, 1.08), 0.95, 9).half_width == pytest.approx(0.08)
+    assert Estimate(2.0, (1.84, 2.02), 0.95, 9).half_width == pytest.approx(0.08)
+    assert Estimate(1.0, None, 0.95, 2).half_width is None
+
+
 @pytest.mark.parametrize(
     ("interval", "verdict"),
     [
@@ -195,6 +201,7 @@ def test_until_wants_six_runs_and_every_interval_narrow() -> None:
     lucky = Estimate(1.0, (1.0, 1.0), 0.95, 5)
     assert precise_enough([narrow, narrow], 0.05)
     assert not precise_enough([narrow, wide], 0.05)
+    assert not precise_enough([Estimate(1.0, (0.99, 1.08), 0.95, 6)], 0.05)
     assert not precise_enough([lucky], 0.05)
 
 
