@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,9 @@ def examples(server: Container) -> Iterator[Path]:
         yield found[0]
 
 
+# Of its clients of a server these run with this model and without a network. The others want what is not
+# here: a model that calls tools, reasons, sees, hears or reranks, LangChain, LlamaIndex, Gradio, Streamlit or
+# a collector of traces, or several servers (rl/, scale_out/).
 @pytest.mark.parametrize(
     ("example", "arguments", "words"),
     [
@@ -205,3 +208,17 @@ def test_vllms_own_examples_run(
     assert code == 0
     assert words in output
     assert output.strip()
+
+
+def test_a_start_for_embeddings_serves_vllms_own_client(
+    plain: Any, run: Callable[..., Container], examples: Path
+) -> None:
+    """The same image, another runner: routes that a server of completions does not have."""
+    container = run((), plain["tag"], ("--runner", "pooling", "--convert", "embed"))
+    wait_ready(container)
+    source = (examples / "pooling/embed/openai_embedding_client.py").read_text()
+    code, output = container.run(["python3", "-c", source])
+    assert code == 0, output
+    first, second = (json.loads(line) for line in output.strip().splitlines())
+    assert len(first) == len(second) > 100
+    assert first != second
