@@ -198,6 +198,17 @@ def tokens_per_second(url: str, model: str, rounds: int = 3) -> float:
     return max(rates)
 
 
+def generates(url: str, model: str) -> bool:
+    """Whether the server continues texts; one of embeddings, say, has no such route."""
+    try:
+        post(f"{url}/v1/completions", {"model": model, "prompt": "Hello", "max_tokens": 1})
+    except urllib.error.HTTPError as error:
+        if error.code in (404, 405):
+            return False
+        raise
+    return True
+
+
 def has_chat(url: str, model: str) -> bool:
     """Whether the model has a chat template."""
     body = {"model": model, "max_tokens": 1, "messages": [{"role": "user", "content": "Hello"}]}

@@ -38,6 +38,7 @@ from runtime.switches import Switch
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60
 EXIT_WRONG = 1
+_POOLING = ("/v1/embeddings", "/classify", "/pooling")  # a server has some of them, by its model
 # What touches weights or KV cache, and could make an answer wrong: the reference goes without.
 _COULD_BE_WRONG = (Switch.BYTEWISE_REPACK, Switch.LAZY_KV_CACHE, Switch.SHORT_WARMUP)
 
@@ -74,7 +75,7 @@ class _Warm:
         self._settings, self._argv, self._facts = settings, argv, facts
         self._output, self._folder = output, folder
         self._url = f"http://127.0.0.1:{settings.port}"
-        self._chat = False
+        self._generates, self._chat = True, False
         self._golden: dict[str, list[golden.Answer]] = {}
         self._report: dict[str, Any] = {"optimize": settings.manifest.optimize, "modes": []}
 
@@ -92,6 +93,8 @@ class _Warm:
         """The best mode. Each is held against an eager start of its dtype."""
         optimize = self._settings.manifest.optimize
         eager = self._refer(modes.reference())
+        if not self._generates:
+            return self._as_vllm_does()
         right = []
         for mode in candidates:
             reference = modes.reference(mode)
@@ -119,8 +122,21 @@ class _Warm:
         logs.say(f"warm: --optimize {optimize} serves with {served}; {others}")
         return chosen
 
+    def _as_vllm_does(self) -> Measured:
+        """For models that generate nothing which could be compared or counted: embeddings, scores."""
+        mode = modes.unrecorded(self._settings.manifest.device)
+        logs.say(f"warm: the model generates no text to hold other ways of running to; {mode.name} is taken")
+        if not self._cache(mode).is_dir():
+            with self._server(mode):
+                self._ask_once()
+        return Measured(mode, 0.0)
+
     def _hold_to_eager(self, mode: Mode) -> None:
         eager = self._refer(modes.reference(mode))
+        if not self._generates:
+            if mode != eager.mode:
+                raise WarmError(f"--mode {mode.name}: the model generates no text to hold it to")
+            return
         measured = eager if mode == eager.mode else self._try(mode)
         if measured is None:
             raise WarmError(f"--mode {mode.name} is refused, see above")
@@ -141,7 +157,12 @@ class _Warm:
 
     def _refer(self, mode: Mode) -> Measured:
         with self._server(mode, off=_COULD_BE_WRONG):
-            self._chat = golden.has_chat(self._url, self._settings.served_model_name)
+            model = self._settings.served_model_name
+            self._generates = golden.generates(self._url, model)
+            if not self._generates:
+                self._ask_once()
+                return Measured(mode, 0.0)
+            self._chat = golden.has_chat(self._url, model)
             self._golden[mode.name] = self._ask()
             return self._measure(mode)
 
@@ -163,9 +184,10 @@ class _Warm:
 
     def _record(self, mode: Mode) -> None:
         """Write the recording of `mode`, start from it, and prove that the start used it."""
-        answers = self._golden[modes.reference(mode).name]
+        answers = self._golden.get(modes.reference(mode).name)
         recording = self._write(mode, self._cache(mode))
-        golden.write(recording.folder / golden.FILE, answers)
+        if answers:
+            golden.write(recording.folder / golden.FILE, answers)
         environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
         with self._server(None, environment) as pid:
             startup = golden.get(f"{self._url}/startup")
@@ -181,10 +203,11 @@ class _Warm:
             self._ask_once()
             self._write_file_list(pid)
             touched = self._touched()
-            said = golden.compare(answers, self._ask())
-            if not said.ok:
-                raise WarmError(f"a start from the recording {said.describe()}")
-            self._report["golden"] = said.to_json()
+            if answers:
+                said = golden.compare(answers, self._ask())
+                if not said.ok:
+                    raise WarmError(f"a start from the recording {said.describe()}")
+                self._report["golden"] = said.to_json()
         if touched is not None:
             (self._output / deferred.TOUCHED).write_text(touched)
         self._report |= {"loaded": compiled, "ready_seconds": startup["elapsed"]}
@@ -255,7 +278,13 @@ class _Warm:
 
     def _ask_once(self) -> None:
         """What an ordinary first request is, so that what is only loaded for it is recorded too."""
-        body: dict[str, Any] = {"model": self._settings.served_model_name, "max_tokens": 4}
+        model = self._settings.served_model_name
+        if not self._generates:
+            for path in _POOLING:
+                with suppress(urllib.error.HTTPError):
+                    golden.post(f"{self._url}{path}", {"model": model, "input": "Hello"})
+            return
+        body: dict[str, Any] = {"model": model, "max_tokens": 4}
         golden.post(f"{self._url}/v1/completions", {**body, "prompt": "Hello"})
         if self._chat:
             messages = [{"role": "user", "content": "Hello"}]

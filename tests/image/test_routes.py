@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
-from tests.image.conftest import ENGINE_ARGS, wait_ready, wait_until
+from tests.image.conftest import ENGINE_ARGS, coldstart, get, wait_ready, wait_until
 
 # One of vLLM's examples asks for this model by name.
 MODEL = "Qwen/Qwen3-8B"
@@ -210,15 +210,19 @@ def test_vllms_own_examples_run(
     assert output.strip()
 
 
-def test_a_start_for_embeddings_serves_vllms_own_client(
-    plain: Any, run: Callable[..., Container], examples: Path
+def test_an_image_for_embeddings_is_recorded_and_serves_vllms_own_client(
+    build: Callable[..., Any], run: Callable[..., Container], examples: Path
 ) -> None:
-    """The same image, another runner: routes that a server of completions does not have."""
-    container = run((), plain["tag"], ("--runner", "pooling", "--convert", "embed"))
+    """Routes that a server of completions does not have, and none of what golden answers are asked by."""
+    arguments = (*ENGINE_ARGS, "--runner", "pooling", "--convert", "embed")
+    image = build("smollm2:embed", "--prewarm", engine_args=arguments)
+    container = run((), image["tag"])
     wait_ready(container)
+    assert json.loads(get(container, "/startup").body)["recording"]["status"] == "used"
     source = (examples / "pooling/embed/openai_embedding_client.py").read_text()
     code, output = container.run(["python3", "-c", source])
     assert code == 0, output
     first, second = (json.loads(line) for line in output.strip().splitlines())
     assert len(first) == len(second) > 100
     assert first != second
+    assert coldstart("verify", image["tag"]).code == 0

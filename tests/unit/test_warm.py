@@ -32,6 +32,8 @@ class Stub:
         self.compiled: list[str] = ["loaded from the cache"]
         self.recording: Mapping[str, str] = USED
         self.last: Answer | None = None
+        self.generates = True
+        self.asked: list[str] = []
         self.started: list[str] = []
 
     def install(self, monkeypatch: pytest.MonkeyPatch, output: Path) -> None:
@@ -59,6 +61,10 @@ class Stub:
             phases = [{"phase": "compile", "detail": detail} for detail in stub.compiled]
             return {"recording": stub.recording, "phases": phases, "elapsed": 1.0}
 
+        def post(url: str, _: Any) -> Any:
+            stub.asked.append(url.partition("8000")[2])
+            return {}
+
         def ask(*_: Any, **__: Any) -> list[Answer]:
             now = stub.started[-1]
             if now == "recording":
@@ -73,7 +79,8 @@ class Stub:
         monkeypatch.setattr(golden, "get", get)
         monkeypatch.setattr(golden, "ask", ask)
         monkeypatch.setattr(golden, "has_chat", lambda *_: False)
-        monkeypatch.setattr(golden, "post", lambda *_: {})
+        monkeypatch.setattr(golden, "generates", lambda *_: stub.generates)
+        monkeypatch.setattr(golden, "post", post)
         monkeypatch.setattr(golden, "tokens_per_second", lambda *_: stub.rates[stub.started[-1]])
 
 
@@ -158,6 +165,22 @@ def test_startup_tries_nothing_else_but_measures(
     assert golden.read(read(tmp_path).folder / golden.FILE) == [RIGHT]
     assert read(tmp_path).report["tokens_per_second"] == 100.0
     assert "serves with eager: 100 tokens/s; no other way was tried" in capsys.readouterr().err
+
+
+def test_a_model_that_generates_nothing_is_recorded_as_vllm_runs_it(
+    stub: Stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.generates = False
+    stub.compiled = []
+    assert run(tmp_path) == 0
+    assert stub.started == ["eager", "recording"]
+    assert "/v1/embeddings" in stub.asked
+    assert "/v1/completions" not in stub.asked
+    assert not (read(tmp_path).folder / golden.FILE).exists()
+    assert "generates no text" in capsys.readouterr().err
+    assert run(tmp_path, mode="eager") == 0
+    assert run(tmp_path, mode="compiled") == 1
+    assert "no text to hold it to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
