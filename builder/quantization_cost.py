@@ -38,7 +38,7 @@ class Cost:
 
 
 # Printed by `python -m benchmarks.quantization OUT.json --cost` for random Llamas of 53M and 172M parameters.
-# The runs are the newest benchmarks/results/quantization-cost-*.json; a test compares them with this.
+# The runs are in benchmarks/results/quantization-*.json; a test compares them with this.
 COSTS: Mapping[str, Cost] = {
     "awq": Cost(5.98e8, 5.75, 0.0, 2.57e-10),
     "rtn": Cost(4.46e8, 4.94, 6.04, 3.22e-11),
