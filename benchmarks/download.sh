@@ -28,7 +28,7 @@ EOF
 hub=$!
 until [ -s "$folder/url" ]; do kill -0 "$hub"; sleep 0.1; done
 
-weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --json -- --max-model-len 2048 |
+weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --optimize startup --json -- --max-model-len 2048 |
   python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
 DOCKER_BUILDKIT=0 docker build -q -t "$BAKED" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
 DOCKER_BUILDKIT=0 docker build -q -t "$DOWNLOAD" --build-arg BASE="$COLDSTART_TEST_BASE" --build-arg MODEL=bench/smollm2 \
