@@ -63,7 +63,8 @@ class DockerHost:
 
     def switches(self, image: str) -> tuple[str, ...]:
         """The optimisations that the image's runtime can be started without. Raises InputError."""
-        container = self._engine.start(image, arguments=["switches"], network="none", publish=False)
+        name = image.partition(" ")[0]
+        container = self._engine.start(name, arguments=["switches"], network="none", publish=False)
         try:
             code, output = container.wait(_LIST_SECONDS), container.logs()
         finally:
@@ -75,7 +76,7 @@ class DockerHost:
             pass
         raise InputError(
             f"{image} does not say which optimisations it has",
-            why=f"`docker run {image} switches` ended with code {code}: {output.strip()[-200:]!r}.",
+            why=f"`docker run {name} switches` ended with code {code}: {output.strip()[-200:]!r}.",
             fix="Build it with this version of Coldstart.",
         )
 

@@ -463,7 +463,7 @@ class _Bench:
     watcher: Watcher
     conditions: Conditions
     digests: Mapping[str, str]
-    warm_volumes: dict[str, Volume] = field(default_factory=dict)
+    warm_volumes: dict[_Server, Volume] = field(default_factory=dict)
 
     def __enter__(self) -> None: ...
 
@@ -533,11 +533,11 @@ class _Bench:
         """The volume to mount, if any. A priming start that fails is the run's error."""
         image, state = slot.facts, self.conditions.compile_cache
         if state == "warm":
-            if image.id not in self.warm_volumes:
+            if _server(image) not in self.warm_volumes:
                 task.detail(f"filling a compile cache for {image.reference}")
                 self._prime(image, sample, task)
                 self.watcher.begin(image.reference)  # anew: that start was none of the run
-            yield [self.warm_volumes[image.id]] if not sample.error else []
+            yield [self.warm_volumes[_server(image)]] if not sample.error else []
         elif state == "cold":
             volume = self.host.new_volume(image.id)
             try:
@@ -548,7 +548,7 @@ class _Bench:
             yield []
 
     def _prime(self, image: ImageFacts, sample: _Sample, task: Task) -> None:
-        volume = self.warm_volumes[image.id] = self.host.new_volume(image.id)
+        volume = self.warm_volumes[_server(image)] = self.host.new_volume(image.id)
         priming = _Sample(now())
         try:
             self._start(image, [volume], priming, time.monotonic() + self.timeout, task)
@@ -559,7 +559,7 @@ class _Bench:
         if priming.error:
             sample.error = f"The start that fills the compile cache failed: {priming.error}"
             sample.log_tail = priming.log_tail
-            self._remove_volume(self.warm_volumes.pop(image.id))
+            self._remove_volume(self.warm_volumes.pop(_server(image)))
 
     def _remove_volume(self, volume: Volume) -> None:
         try:
@@ -697,6 +697,14 @@ def _log_tail(container: RunningContainer) -> str:
 def _plain(text: str) -> str:
     """Without what an image's output could do to a terminal."""
     return _TERMINAL_CONTROL.sub("", text)
+
+
+_Server = tuple[str, tuple[str, ...]]
+
+
+def _server(image: ImageFacts) -> _Server:
+    """What a filled compile cache is good for: other arguments compile other code."""
+    return image.id, image.arguments
 
 
 @dataclass(slots=True)

@@ -7,12 +7,13 @@ import json
 import logging
 import os
 import secrets
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import IO, TextIO
+
+from runtime import threads
 
 # Set by PID 1 for its children, never by the user.
 _FORMAT_VARIABLE = "_COLDSTART_LOG_FORMAT"
@@ -99,10 +100,7 @@ def as_json() -> Iterator[None]:
     os.close(writer)
     with os.fdopen(reader, "rb") as source, os.fdopen(os.dup(saved[0]), "w") as out:
         pump = threading.Thread(target=_pump, args=(source, out), daemon=True)
-        # A thread inherits what is blocked. The kernel would give it a signal that PID 1 holds back.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        pump.start()
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        threads.start(pump)
         try:
             yield
         finally:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import time
 from pathlib import Path
 
-from runtime.settings import LockedFile, Manifest
+from runtime.settings import Manifest
 
 # Digests of mounted files are checked as far as this goes: reading weights here would delay every start.
 _DIGEST_BYTES = 16 << 20
-_CHUNK_BYTES = 1 << 20
 
 
 def problem(manifest: Manifest, deadline: float = math.inf) -> str:
@@ -52,7 +50,7 @@ def _mount_problem(manifest: Manifest, root: Path, deadline: float) -> str:
         for file in sorted(manifest.files, key=lambda file: file.size):
             if wrong or file.size >= _DIGEST_BYTES or time.monotonic() > deadline:
                 break
-            wrong = [file.path] if _differs(file, root, deadline) else []
+            wrong = [] if file.is_whole(root, deadline) else [file.path]
     except OSError as error:
         return (
             f"user {os.getuid()}:{os.getgid()} cannot read {error.filename}: {error.strerror}. "
@@ -63,14 +61,3 @@ def _mount_problem(manifest: Manifest, root: Path, deadline: float) -> str:
         if wrong
         else ""
     )
-
-
-def _differs(file: LockedFile, root: Path, deadline: float) -> bool:
-    """Whether its content is another's; False too where the time is over before that is known."""
-    digest = hashlib.sha256()
-    with (root / file.path).open("rb") as opened:
-        while chunk := opened.read(_CHUNK_BYTES):
-            if time.monotonic() > deadline:
-                return False
-            digest.update(chunk)
-    return digest.hexdigest() != file.sha256

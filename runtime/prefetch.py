@@ -11,13 +11,13 @@ order and without copying a byte.
 from __future__ import annotations
 
 import os
-import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
+from runtime import threads
 from runtime.state import FILES, recordings
 
 FILE_LIST = "files.txt"
@@ -33,13 +33,7 @@ def start(model: Path, files: Sequence[str], state: Path) -> threading.Thread:
     """Begin in the background: the recordings in `state`, the list there, then `files` of the model."""
     paths = _paths(model, files, state)
     thread = threading.Thread(target=read_ahead, args=(paths, _budget()), name="prefetch", daemon=True)
-    # A thread inherits what is blocked. The kernel would give a signal that PID 1 holds back to this one.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        thread.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return thread
+    return threads.start(thread)
 
 
 def _paths(model: Path, files: Sequence[str], state: Path) -> Iterator[str]:

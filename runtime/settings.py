@@ -10,6 +10,7 @@ import math
 import os
 import re
 import textwrap
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from runtime.defaults import DRAIN_DELAY_SECONDS, DRAIN_TIMEOUT_SECONDS
 
 MANIFEST_PATH = Path("/opt/coldstart/manifest.json")
 COMMANDS = ("serve", "health", "warm", "fetch", "switches", "golden")
+
+
+_CHUNK_BYTES = 1 << 20
 
 
 class SettingsError(Exception):
@@ -38,12 +42,20 @@ class LockedFile(NamedTuple):
         path = root / self.path
         return path.is_file() and path.stat().st_size == self.size
 
-    def is_whole(self, root: Path) -> bool:
-        """Raises OSError when it is there and cannot be read."""
+    def is_whole(self, root: Path, deadline: float = math.inf) -> bool:
+        """Raises OSError when it is there and cannot be read.
+
+        deadline: of time.monotonic(); a file of the right size that is not read by then counts as whole.
+        """
         if not self.has_size(root):
             return False
+        digest = hashlib.sha256()
         with (root / self.path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+            while chunk := file.read(_CHUNK_BYTES):
+                if time.monotonic() > deadline:
+                    return True
+                digest.update(chunk)
+        return digest.hexdigest() == self.sha256
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,14 @@ def test_a_warm_compile_cache_is_filled_by_a_start_that_does_not_count() -> None
     ]
 
 
+def test_another_servers_arguments_get_a_warm_cache_of_their_own() -> None:
+    """What they compile is other code."""
+    host = StubHost(ours={})
+    conditions = Conditions(compile_cache="warm", sample=False)
+    assert all(run.ok for run in bench(host, "ours", "ours --dtype float32", conditions=conditions).runs)
+    assert [next(iter(mounts)) for _, mounts in host.started] == [*["volume-0"] * 2, *["volume-1"] * 2]
+
+
 def test_a_watcher_begins_anew_after_the_start_that_fills_a_cache() -> None:
     seen = Watching()
     conditions = Conditions(compile_cache="warm", sample=False)

@@ -114,9 +114,11 @@ class StubHost:
         self.folders: list[Path] = []
 
     def image_facts(self, image: str) -> ImageFacts:
-        if image not in self.plans:
+        if image.partition(" ")[0] not in self.plans:
             raise InputError(f"There is no image {image}.", fix="Build it.")
-        return ImageFacts(image, f"id-{image}", 1000, {"org.opencontainers.image.title": image})
+        name, *arguments = image.split()
+        labels = {"org.opencontainers.image.title": image}
+        return ImageFacts(image, f"id-{name}", 1000, labels, arguments=tuple(arguments))
 
     def start(
         self,
