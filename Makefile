@@ -20,7 +20,7 @@ test-browser: $(VENV)/.made
 	tests/testbed/browser.sh $(BIN)/python -m pytest tests/browser
 
 test-image: $(VENV)/.made
-	$(TESTBED) $(BIN)/python -m pytest tests/image
+	$(TESTBED) $(BIN)/python -m pytest --durations=30 tests/image
 
 check: $(VENV)/.made
 	$(BIN)/ruff format --check .
