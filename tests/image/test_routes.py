@@ -206,8 +206,8 @@ def test_vllms_own_examples_run(
     for _ in range(5):
         code, output = server.run(["env", f"VLLM_MODEL={MODEL}", "python3", "-c", source, *arguments])
         print(output[-2000:])
-        # They sample, and read the answer as JSON: where a model this small runs on to the end of its context,
-        # half a document is what was asked for. Another sample then; any other error ends the test.
+        # They sample, and read the answer as JSON: where a model this small runs on to the end of its
+        # context, half a document is what was asked for. Another sample then; any other error ends the test.
         if "JSONDecodeError: Unterminated string" not in output:
             break
     assert code == 0
