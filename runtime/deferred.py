@@ -5,9 +5,10 @@ once, under the lock that an import would take; an error of it appears there, an
 `from module import name` takes of a deferred module is a DeferredName until then, and the real object in
 every module's globals afterwards.
 
-Which modules are deferred is measured: `runtime warm` starts with all CANDIDATES deferred and records the
-ones that the start and a request touched; later starts defer the others. Without that record nothing is
-deferred. Standard library only.
+Which modules are deferred is measured: `runtime warm` starts with all CANDIDATES deferred and records which
+process touched which, in a start and a request. Later starts defer those that none touched, and those that
+the API process alone did: it executes them while the engine core starts, which does not wait for them.
+Without that record nothing is deferred. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
+import multiprocessing
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.abc import Loader, MetaPathFinder
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
 TOUCHED = "touched.txt"
+_API = "api"  # as PID 1 names it
 
 # Of vLLM 0.32 and what it uses: a module, and the names that are taken of it where vLLM imports it. Each was
 # read for what executing it does to others: nothing, but registering operators that only it and its users
@@ -57,9 +61,24 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         "cached_processor_from_config",
         "get_video_processor_cls_name",
     ),
+    "vllm.assets.base": ("get_cache_dir",),
+    "vllm.entrypoints.serve": (),
+    "vllm.entrypoints.serve.elastic_ep": (),
+    "vllm.entrypoints.serve.elastic_ep.middleware": ("get_scaling_elastic_ep", "set_scaling_elastic_ep"),
+    "vllm.multimodal.media.connector": (
+        "MEDIA_CONNECTOR_REGISTRY",
+        "MediaConnector",
+        "merge_media_io_kwargs",
+    ),
+    "vllm.entrypoints.mcp.tool": ("HarmonyBrowserTool", "HarmonyPythonTool", "Tool"),
     "vllm.model_executor.layers.quantization.online.base": ("OnlineQuantizationConfig",),
     "vllm.model_executor.warmup.kernel_warmup": ("kernel_warmup",),
+    "vllm.models.deepseek_v4": (),
+    "vllm.models.deepseek_v4.common": (),
     "vllm.models.deepseek_v4.common.eplb_util": ("dspark_draft_supports_eplb",),
+    "vllm.parser": (),
+    "vllm.parser.engine": (),
+    "vllm.parser.engine.adapters": ("ParserEngineReasoningAdapter",),
     "vllm.v1.worker.gpu.warmup": ("warmup_kernels",),
     "vllm.v1.spec_decode.dflash": ("DFlashProposer",),
     "vllm.v1.spec_decode.draft_model": ("DraftModelProposer",),
@@ -241,12 +260,31 @@ def execute(module: ModuleType) -> None:
         spec.loader = module.__loader__ = loader.loader
         if type(module) is _DeferredModule:
             object.__setattr__(module, "__class__", ModuleType)
-    _replace(loader.given, module)
+    real = {id(name): getattr(module, key) for key, name in loader.given.items()}
+    if _waiting is None:
+        _replace(real)
+    else:
+        _waiting.update(real)
 
 
-def _replace(given: Mapping[str, DeferredName], module: ModuleType) -> None:
+# What is to be put in place of deferred names, by their ids; while somebody collects it.
+_waiting: dict[int, Any] | None = None
+
+
+@contextmanager
+def replacing_at_the_end() -> Iterator[None]:
+    """For a block that executes many modules: the names taken of them are replaced once, after it."""
+    global _waiting
+    _waiting = {}
+    try:
+        yield
+    finally:
+        real, _waiting = _waiting, None
+        _replace(real)
+
+
+def _replace(real: Mapping[int, Any]) -> None:
     """Put the real objects where the names taken of a module stand."""
-    real = {id(name): getattr(module, key) for key, name in given.items()}
     if not real:
         return
     for other in list(sys.modules.values()):
@@ -340,12 +378,31 @@ def _then_call(
 
 
 def unused(path: Path) -> dict[str, tuple[str, ...]]:
-    """The candidates that an earlier start did not touch, by what it wrote to `path`; none without that."""
-    try:
-        touched = set(path.read_text().splitlines())
-    except OSError:
+    """The candidates that no process but the API process touched in an earlier start, which wrote `path`.
+
+    None without that.
+    """
+    if (touched := _touched(path)) is None:
         return {}
-    return {name: names for name, names in CANDIDATES.items() if name not in touched}
+    return {name: names for name, names in CANDIDATES.items() if touched.get(name, {_API}) == {_API}}
+
+
+def of_api_process(path: Path) -> list[str]:
+    """Those of `unused` that the API process touched, in its order."""
+    return [name for name, processes in (_touched(path) or {}).items() if processes == {_API}]
+
+
+def _touched(path: Path) -> dict[str, set[str]] | None:
+    """Deferred modules by name: the processes that touched them. None where nothing was recorded."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return None
+    touched: dict[str, set[str]] = {}
+    for line in lines:
+        name, _, process = line.partition(" ")
+        touched.setdefault(name, set()).add(process)
+    return touched
 
 
 def recorder(path: Path) -> Callable[[str], None]:
@@ -353,6 +410,7 @@ def recorder(path: Path) -> Callable[[str], None]:
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
     def told(name: str) -> None:
-        os.write(log, f"{name}\n".encode())
+        process = multiprocessing.current_process().name
+        os.write(log, f"{name} {process if process == _API else 'other'}\n".encode())
 
     return told

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import json
+import logging
 import math
 import os
 import signal
 import socket
+import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AsyncExitStack
 from http import HTTPStatus
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from runtime import logs, shortcuts, trace
+from runtime import deferred, logs, shortcuts, state, trace
 from runtime.guard import AsgiApp, Guard, Scope, Send
 from runtime.lifecycle import Lifecycle, Reply, State
 from runtime.listener import Acceptor
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 
 _WATCH_SECONDS = 0.5
 _POLL_SECONDS = 0.05
+_SWITCH_SECONDS = 0.0005
 # How long an accepted connection may take to send its first request, once the port is closed.
 _FIRST_REQUEST_SECONDS = 1.0
 # What clients may take to read the error that ends their request.
@@ -102,10 +106,15 @@ async def _serve(
         print(template.failure, flush=True)
         raise EngineFailedError("vLLM could not be imported, see the traceback above")
 
-    from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    # As in the template, until all is imported.
+    if Switch.GC_PAUSE.on:
+        gc.disable()
+    # The engine core waits for words of this thread while another one imports.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_SECONDS)
     if settings.manifest.weights == "download":
         await _receive(channel)  # PID 1 says so when every file is there
     else:
@@ -115,12 +124,16 @@ async def _serve(
         trace.emit(Phase.MODEL_DOWNLOAD, moment, moment, detail=detail)
     with trace.span(Phase.CONFIG_PARSE):
         # Ours is in place; vLLM would put its own over it.
-        logging = ["--logging-config", json.dumps({"configure_logging": False})] if logs.is_json() else []
-        args = _parse([*settings.vllm_args(), *logging])
-        engine_args = AsyncEngineArgs.from_cli_args(args)
+        own = ["--logging-config", json.dumps({"configure_logging": False})] if logs.is_json() else []
+        arguments = _Arguments([*settings.vllm_args(), *own])
+        engine_args = arguments.of_engine() if Switch.CORE_BESIDE_TOKENIZER.on else None
+        if engine_args is None:
+            engine_args = arguments.of_engine_and_app()
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     if Switch.CORE_BESIDE_TOKENIZER.on:
-        shortcuts.start_core_beside_tokenizer(not engine_args.disable_log_stats, _import_app)
+        shortcuts.start_core_beside_tokenizer(
+            not engine_args.disable_log_stats, lambda renderer: _prepare_app(arguments, renderer)
+        )
     engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -133,6 +146,7 @@ async def _serve(
             from vllm.entrypoints.launchers.api_server.app_state import init_app_state
             from vllm.entrypoints.launchers.app import build_app
 
+            args = arguments.of_app()
             tasks = await engine.get_supported_tasks()
             app = build_app(args, tasks, engine.model_config)
             await init_app_state(engine, app.state, args, tasks)
@@ -148,6 +162,10 @@ async def _serve(
             app.state.server = server
             # Before the hand-over, so that the port is never without somebody who accepts for long.
             await stack.enter_async_context(app.router.lifespan_context(app))
+        if Switch.GC_PAUSE.on:
+            gc.freeze()
+            gc.enable()
+        sys.setswitchinterval(interval)
         channel.send(("ready",))
         lifecycle.events = list((await _receive(channel))[1])
         lifecycle.move(State.READY)
@@ -163,21 +181,83 @@ async def _serve(
     channel.send(("stopped", not requests.cut))
 
 
-def _import_app() -> None:
-    """What vLLM needs to build its app, and imports only when it does."""
-    for name in _APP:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
+    """What vLLM needs to build its app, and imports only when it does. Beside the engine core's start."""
+    with trace.span(Phase.READY, "while the engine core starts"):
+        with deferred.replacing_at_the_end():
+            arguments.of_app()
+            for name in (*_APP, *deferred.of_api_process(state.folder() / deferred.TOUCHED)):
+                with contextlib.suppress(ImportError):
+                    deferred.execute(importlib.import_module(name))
+        # vLLM does so once more when it builds the app; what takes long of it, it remembers.
+        from vllm.renderers.params import ChatParams
+
+        with shortcuts.tokenizer_is_no_processor():
+            renderer.warmup(ChatParams())
 
 
-def _parse(argv: list[str]) -> Any:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+class _Arguments:
+    """vLLM's command line. The parser of all of it imports what the app is made of, and the engine is not."""
+
+    def __init__(self, argv: Sequence[str]) -> None:
+        self._argv = argv
+        self._app: Any = None
+
+    def of_engine(self) -> Any:
+        """AsyncEngineArgs, by a parser of those only; None where it does not take all that is given."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        class UnknownError(Exception):
+            pass
+
+        def refuse(message: str) -> NoReturn:
+            raise UnknownError(message)
+
+        parser = AsyncEngineArgs.add_cli_args(_parser())
+        parser.error = refuse
+        # The whole parser says so too.
+        logger = logging.getLogger(type(parser).__module__)
+        logger.addFilter(_not_of_duplicates)
+        try:
+            return AsyncEngineArgs.from_cli_args(parser.parse_args(list(self._argv)))
+        except UnknownError:
+            return None
+        finally:
+            logger.removeFilter(_not_of_duplicates)
+
+    def of_app(self) -> Any:
+        """The whole namespace. Raises RefusedError."""
+        if self._app is None:
+            self._app = _parse(self._argv)
+        return self._app
+
+    def of_engine_and_app(self) -> Any:
+        """AsyncEngineArgs, with what follows for them from the app's. Raises RefusedError."""
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers import cli_args
+
+        engine_args = AsyncEngineArgs.from_cli_args(self.of_app())
+        if propagate := getattr(cli_args, "propagate_flash_late_interaction", None):
+            propagate(self.of_app(), engine_args)
+        return engine_args
+
+
+def _not_of_duplicates(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("Found duplicate keys")
+
+
+def _parser() -> Any:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     # No abbreviations: `--api-k` must not get past who looks for `--api-key`.
-    parser = FlexibleArgumentParser(prog="vllm", usage="", allow_abbrev=False)
+    return FlexibleArgumentParser(prog="vllm", usage="", allow_abbrev=False)
+
+
+def _parse(argv: Sequence[str]) -> Any:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+
     try:
-        args = make_arg_parser(parser).parse_args(argv)
+        args = make_arg_parser(_parser()).parse_args(list(argv))
         validate_parsed_serve_args(args)
     except SystemExit:
         raise RefusedError("vLLM does not accept these arguments, see its message above") from None

@@ -9,15 +9,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
+import importlib.metadata
+import inspect
 import marshal
 import mmap
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
 
 CPU_4_BIT_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu"
 STRUCTURES = "transformers-imports.marshal"
@@ -25,7 +29,7 @@ STRUCTURES = "transformers-imports.marshal"
 _LAZY_BYTES = 64 << 20
 _WARM_UP_TOKENS = 16
 
-Structures = dict[tuple[str, str | None], Any]
+Structures = dict[tuple[str | None, ...], Any]
 
 
 def allocate_kv_cache_lazily() -> bool:
@@ -120,10 +124,11 @@ def blocks_of_16_outputs(packed: Any) -> Any:
     return blocks.view(outputs // 16, inputs * 8).view(torch.int32)
 
 
-def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> None:
+def start_core_beside_tokenizer(log_stats: bool, then: Callable[[Any], object]) -> None:
     """Have AsyncLLM launch the engine core first, and make the tokenizer while that one starts.
 
-    then: called after the tokenizer is made, in its thread, while the core still starts. For the API process.
+    then: called with vLLM's renderer, which has the tokenizer, once that is made, in its thread, while the
+    core still starts. For the API process.
     """
     import vllm.v1.engine.async_llm as module
 
@@ -137,7 +142,7 @@ def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> 
         wanted = {"vllm_config": config, "executor_class": module.Executor.get_class(config)}
         with ThreadPoolExecutor(1) as pool:
             renderer = pool.submit(make_renderer, config)
-            pool.submit(then)
+            pool.submit(lambda: then(renderer.result()))
             client = make_client(**wanted, log_stats=log_stats)
         try:
             made = renderer.result()
@@ -156,6 +161,62 @@ def start_core_beside_tokenizer(log_stats: bool, then: Callable[[], object]) -> 
         return made
 
     module.renderer_from_config = beside
+
+
+@contextmanager
+def tokenizer_is_no_processor() -> Iterator[None]:
+    """While the block runs, who asks transformers for a model's processor gets no tokenizer instead.
+
+    vLLM asks for that of a text model too, for a chat template, and has no use for a second tokenizer.
+    """
+    module: Any = importlib.import_module("transformers.models.auto.processing_auto")
+    tokenizer = module.AutoTokenizer
+
+    class NoTokenizer:
+        @staticmethod
+        def from_pretrained(*_: Any, **__: Any) -> NoReturn:
+            raise ValueError("a tokenizer is no processor")
+
+    module.AutoTokenizer = NoTokenizer
+    try:
+        yield
+    finally:
+        module.AutoTokenizer = tokenizer
+
+
+def make_structured_output_tokenizer_beside() -> bool:
+    """Let the engine core make its tokenizer in a thread: nobody waits for it, it is for structured output.
+
+    False where this vLLM lacks the function. To be called once vLLM is imported.
+    """
+    module: Any = importlib.import_module("vllm.v1.structured_output")
+    manager = getattr(module, "StructuredOutputManager", None)
+    make = vars(module).get("cached_tokenizer_from_config")
+    if manager is None or make is None:
+        return False
+
+    def begin(*args: Any, **kwargs: Any) -> Future[Any]:
+        made: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                made.set_result(make(*args, **kwargs))
+            except BaseException as error:
+                made.set_exception(error)
+
+        threading.Thread(target=run, name="tokenizer", daemon=True).start()
+        return made
+
+    def wait(self: Any) -> Any:
+        made = vars(self)["_tokenizer"]
+        return made.result() if isinstance(made, Future) else made
+
+    def keep(self: Any, made: Any) -> None:
+        vars(self)["_tokenizer"] = made
+
+    module.cached_tokenizer_from_config = begin
+    manager.tokenizer = property(wait, keep)
+    return True
 
 
 def load_compiled_on_cpu() -> bool:
@@ -241,16 +302,87 @@ def without_compiler() -> AfterImport:
     return AfterImport({"torch": replace("compile"), "torch.compiler": replace(*decorators)})
 
 
+def validate_later() -> AfterImport:
+    """Pydantic makes the validator of a class when it is first used, not when the class is defined.
+
+    Most of what vLLM defines for its routes, a server that answers some of them never uses. openai's own
+    classes have this set by themselves.
+    """
+
+    def replace(module: Any) -> None:
+        module.BaseModel.model_config["defer_build"] = True
+
+    return AfterImport({"pydantic.main": replace})
+
+
+def name_operators_quickly() -> AfterImport:
+    """Which module registers an operator, and at which line, torch takes from the frame that does.
+
+    It asks `inspect` for them, which at each operator looks at every module that there is, and at the source.
+    """
+
+    class Quick(ModuleType):
+        """`inspect`, as torch.library knows it."""
+
+        @staticmethod
+        def getmodule(frame: FrameType) -> ModuleType | None:
+            return sys.modules.get(frame.f_globals["__name__"])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(inspect, name)
+
+    def source(stacklevel: int) -> str:
+        frame = sys._getframe(stacklevel)
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+    def replace(**quick: Any) -> Callable[[Any], None]:
+        def update(module: Any) -> None:
+            vars(module).update({name: it for name, it in quick.items() if hasattr(module, name)})
+
+        return update
+
+    functions = {
+        "torch._library.utils": replace(get_source=source),
+        "torch.library": replace(inspect=Quick("inspect")),
+    }
+    return AfterImport(functions)
+
+
 class ImportStructures(AfterImport):
     """What transformers finds by reading the text of all its 2,600 model files, remembered.
 
-    It does so twice at every import. To be put on sys.meta_path before transformers is imported. known: from
-    an earlier start of the same installation; what is asked for beyond it is found and added.
+    It does so twice at every import; twice it lists their folders for old names, and once it reads what each
+    distribution says of itself. To be put on sys.meta_path before transformers is imported. known: from an
+    earlier start of the same installation; what is asked for beyond it is found and added.
     """
 
     def __init__(self, known: Structures) -> None:
         super().__init__({"transformers.utils.import_utils": self._replace})
         self.known = known
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """While the block runs, what transformers asks of the standard library is remembered too."""
+        distributions, rglob = importlib.metadata.packages_distributions, Path.rglob
+
+        def remembered_distributions() -> Any:
+            return self._remember(("distributions",), lambda: dict(distributions()))
+
+        def remembered_rglob(path: Path, pattern: str) -> Iterator[Path]:
+            if path.parts[-2:] != ("transformers", "models"):
+                return rglob(path, pattern)
+            found = self._remember(
+                ("files", str(path), pattern), lambda: [str(file) for file in rglob(path, pattern)]
+            )
+            return map(Path, found)
+
+        importlib.metadata.packages_distributions = remembered_distributions
+        Path.rglob = remembered_rglob  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            importlib.metadata.packages_distributions = distributions
+            Path.rglob = rglob  # type: ignore[method-assign]
 
     def _replace(self, module: Any) -> None:
         if hasattr(module, "define_import_structure"):
@@ -259,22 +391,30 @@ class ImportStructures(AfterImport):
     def _remembered(self, define: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(define)
         def wrapper(module_path: Any, prefix: str | None = None) -> Any:
-            key = (str(module_path), prefix)
-            if key not in self.known:
-                self.known[key] = define(module_path, prefix)
-            return self.known[key]
+            return self._remember((str(module_path), prefix), lambda: define(module_path, prefix))
 
         return wrapper
 
+    def _remember(self, key: tuple[str | None, ...], find: Callable[[], Any]) -> Any:
+        if key not in self.known:
+            self.known[key] = find()
+        return self.known[key]
+
 
 def _installation() -> tuple[str, ...]:
-    """What must be the same for remembered structures to hold: Python and the files of transformers."""
+    """What must be the same for remembered structures to hold: Python, distributions, transformers' files."""
     spec = importlib.machinery.PathFinder.find_spec("transformers")
     if spec is None or spec.origin is None:
         return ()
     package = Path(spec.origin)
     stats = [path.stat() for path in (package, package.parent / "models")]
-    return (sys.version, str(package), *(f"{s.st_size}:{s.st_mtime_ns}" for s in stats))
+    folders = [Path(folder) for folder in sys.path]
+    distributions = sorted(str(path) for folder in folders for path in folder.glob("*-info"))
+    return (
+        *(sys.version, str(package)),
+        *(f"{s.st_size}:{s.st_mtime_ns}" for s in stats),
+        *distributions,
+    )
 
 
 def read_structures(path: Path) -> Structures:

@@ -23,6 +23,14 @@ class Switch(enum.Enum):
         "import-structures",
         "What transformers would find by reading 2,600 files at each import is remembered.",
     )
+    OPERATOR_SOURCES = (
+        "operator-sources",
+        "Where an operator of torch is registered is taken from the frame, not looked up in every module.",
+    )
+    LATE_VALIDATORS = (
+        "late-validators",
+        "Pydantic makes what validates a kind of request when the first of that kind comes.",
+    )
     DEFERRED_IMPORTS = (
         "deferred-imports",
         "Modules that the recorded start did not use are imported when something first needs them.",
@@ -33,7 +41,7 @@ class Switch(enum.Enum):
     )
     CORE_BESIDE_TOKENIZER = (
         "core-beside-tokenizer",
-        "The engine core starts, and routes are imported, while the tokenizer is made.",
+        "The engine core starts, and routes are imported, while tokenizers are made.",
     )
     RECORDING = ("recording", "The mode and the compiled code that were recorded for this machine are used.")
     SHORT_WARMUP = (

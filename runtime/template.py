@@ -23,14 +23,14 @@ from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
 
-# What a served model needs in the API process, the engine core and the worker. What only the HTTP app needs
-# is imported in the API process, while the engine core starts.
+# What a served model needs in the API process, the engine core and the worker. What only the HTTP app needs,
+# and the parser of its arguments, is imported in the API process, while the engine core starts.
 _MODULES = (
     "vllm.v1.engine.async_llm",
     "vllm.v1.engine.core",
     "vllm.v1.engine.utils",
     "vllm.v1.worker.gpu_worker",
-    "vllm.entrypoints.launchers.cli_args",
+    "vllm.engine.arg_utils",
 )
 _CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 
@@ -127,11 +127,16 @@ def _load() -> None:
     if Switch.IMPORT_STRUCTURES.on:
         structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
         sys.meta_path.insert(0, structures)
+    if Switch.LATE_VALIDATORS.on:
+        sys.meta_path.insert(0, shortcuts.validate_later())
+    if Switch.OPERATOR_SOURCES.on:
+        sys.meta_path.insert(0, shortcuts.name_operators_quickly())
     global imports_remembered
     imports_remembered = bool(structures.known)
     _defer(Path(recording) if recording else None)
     # Python's own start is part of the import: from a cold page cache it is a tenth of it.
-    with trace.span(Phase.ENGINE_IMPORT, since=trace.process_started()):
+    remembering = structures.in_place() if Switch.IMPORT_STRUCTURES.on else contextlib.nullcontext()
+    with trace.span(Phase.ENGINE_IMPORT, since=trace.process_started()), remembering:
         _fork_from_template()
         if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
             _inspect_in_fork()
@@ -146,6 +151,8 @@ def _load() -> None:
     if recording:
         shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
     missing = trace.install(device)
+    if Switch.CORE_BESIDE_TOKENIZER.on and not shortcuts.make_structured_output_tokenizer_beside():
+        missing.append("vllm.v1.structured_output.cached_tokenizer_from_config")
     if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
         missing.append("vllm.v1.worker.utils.allocate_kv_cache")
     # Imported by now where the weights are quantized.

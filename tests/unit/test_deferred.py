@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -188,11 +189,38 @@ def test_while_recording_the_source_must_be_as_listed(put: Put) -> None:
     assert told == ["renamed", "own"]
 
 
+def _tell_from(process: str, told: Callable[[str], None], name: str) -> None:
+    child = multiprocessing.get_context("fork").Process(target=told, args=(name,), name=process)
+    child.start()
+    child.join()
+
+
 def test_record_decides(tmp_path: Path) -> None:
     path = tmp_path / deferred.TOUCHED
     assert deferred.unused(path) == {}
+    assert deferred.of_api_process(path) == []
     told = deferred.recorder(path)
     assert deferred.unused(path) == deferred.CANDIDATES
     told("torch._dynamo")
     told("torch._dynamo")
-    assert deferred.unused(path) == {n: v for n, v in deferred.CANDIDATES.items() if n != "torch._dynamo"}
+    _tell_from("api", told, "cv2")
+    _tell_from("api", told, "vllm.parser")
+    _tell_from("EngineCore", told, "vllm.parser")
+    without = ("torch._dynamo", "vllm.parser")
+    assert deferred.unused(path) == {n: v for n, v in deferred.CANDIDATES.items() if n not in without}
+    assert deferred.of_api_process(path) == ["cv2"]
+
+
+def test_names_of_many_modules_are_replaced_at_the_end(put: Put) -> None:
+    put("one.py", "def f(): return 1\n")
+    put("two.py", "def g(): return 2\n")
+    put("user.py", "from one import f\nfrom two import g\ndef use(): return f() + g()\n")
+    _defer({"one": ("f",), "two": ("g",)})
+    user = importlib.import_module("user")
+    with deferred.replacing_at_the_end():
+        deferred.execute(sys.modules["one"])
+        deferred.execute(sys.modules["two"])
+        assert type(user.f) is deferred.DeferredName
+        assert user.use() == 3
+    assert user.f is sys.modules["one"].f
+    assert user.g is sys.modules["two"].g

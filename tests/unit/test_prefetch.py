@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import page_cache
-from runtime import prefetch, record, shortcuts
+from runtime import prefetch, record
 
 
 def test_files_are_asked_for_in_order_until_the_budget(tmp_path: Path) -> None:
@@ -83,55 +83,3 @@ def test_files_that_a_process_reads_are_noted_once_and_in_order(tmp_path: Path) 
     noted = (tmp_path / record.OPENED).read_text().splitlines()
     assert [Path(path).name for path in noted if path.startswith(str(tmp_path))] == ["two", "one"]
     assert any("decimal" in path for path in noted)
-
-
-def _installation(folder: Path) -> None:
-    """A package that defines its import structure as transformers does, and counts how often."""
-    (folder / "transformers" / "utils").mkdir(parents=True)
-    (folder / "transformers" / "models").mkdir()
-    (folder / "transformers" / "utils" / "__init__.py").write_text("")
-    (folder / "transformers" / "utils" / "import_utils.py").write_text(
-        "calls = []\n"
-        "def define_import_structure(path, prefix=None):\n"
-        "    calls.append(path)\n"
-        "    return {frozenset({'torch'}): {f'{prefix}.llama': {'Llama'}}}\n"
-    )
-    (folder / "transformers" / "__init__.py").write_text(
-        "from .utils.import_utils import calls, define_import_structure\n"
-        "structure = [define_import_structure('models', 'models') for _ in range(2)]\n"
-    )
-
-
-_IMPORT = """
-import sys
-from pathlib import Path
-from runtime import shortcuts
-state = Path(sys.argv[1])
-finder = shortcuts.ImportStructures(shortcuts.read_structures(state))
-sys.meta_path.insert(0, finder)
-import transformers
-assert transformers.structure[0] == {frozenset({'torch'}): {'models.llama': {'Llama'}}}
-print(len(transformers.calls))
-shortcuts.write_structures(state, finder.known)
-"""
-
-
-def test_import_structures_are_found_once_for_an_installation(tmp_path: Path) -> None:
-    _installation(tmp_path)
-
-    def calls() -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", _IMPORT, str(tmp_path / shortcuts.STRUCTURES)],
-            env={"PYTHONPATH": f"{tmp_path}:{Path(shortcuts.__file__).parent.parent}"},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return int(done.stdout)
-
-    assert calls() == 1  # the second question of the same start
-    assert calls() == 0
-    (tmp_path / "transformers" / "models" / "new").mkdir()  # another installation
-    assert calls() == 1
-    (tmp_path / shortcuts.STRUCTURES).write_bytes(b"damaged")
-    assert calls() == 1

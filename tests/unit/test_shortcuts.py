@@ -1,0 +1,218 @@
+"""What is done later, beforehand or not at all: the same outcome, of libraries that these tests make up."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import pytest
+
+from runtime import shortcuts
+
+Put = Callable[[str, str], None]
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
+    """put(path, source) writes a module that can be imported during the test."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before, finders = set(sys.modules), list(sys.meta_path)
+
+    def write(path: str, source: str) -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in file.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").touch()
+        file.write_text(source)
+        importlib.invalidate_caches()
+
+    yield write
+    sys.meta_path[:] = finders
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def _installation(folder: Path) -> None:
+    """A package that defines its import structure as transformers does, and counts how often."""
+    (folder / "transformers" / "utils").mkdir(parents=True)
+    (folder / "transformers" / "models").mkdir()
+    (folder / "transformers" / "utils" / "__init__.py").write_text("")
+    (folder / "transformers" / "utils" / "import_utils.py").write_text(
+        "calls = []\n"
+        "def define_import_structure(path, prefix=None):\n"
+        "    calls.append(path)\n"
+        "    return {frozenset({'torch'}): {f'{prefix}.llama': {'Llama'}}}\n"
+    )
+    (folder / "transformers" / "models" / "image_processing_llama.py").write_text("")
+    (folder / "transformers" / "__init__.py").write_text(
+        "import importlib.metadata\n"
+        "from pathlib import Path\n"
+        "from .utils.import_utils import calls, define_import_structure\n"
+        "structure = [define_import_structure('models', 'models') for _ in range(2)]\n"
+        "distributions = importlib.metadata.packages_distributions()\n"
+        "files = sorted((Path(__file__).parent / 'models').rglob('image_processing_*.py'))\n"
+        "others = list(Path(__file__).parent.rglob('image_processing_*.py'))\n"
+    )
+    (folder / "one-1.0.dist-info").mkdir()
+    (folder / "one-1.0.dist-info" / "METADATA").write_text("Name: one\nVersion: 1.0\n")
+    (folder / "one-1.0.dist-info" / "top_level.txt").write_text("first\n")
+
+
+_IMPORT = """
+import importlib.metadata, sys
+from pathlib import Path
+from runtime import shortcuts
+state = Path(sys.argv[1])
+calls = []
+own = importlib.metadata.packages_distributions, Path.rglob
+
+def counted(function):
+    return lambda *arguments: calls.append(arguments) or function(*arguments)
+
+importlib.metadata.packages_distributions, Path.rglob = map(counted, own)
+patched = importlib.metadata.packages_distributions, Path.rglob
+finder = shortcuts.ImportStructures(shortcuts.read_structures(state))
+sys.meta_path.insert(0, finder)
+with finder.in_place():
+    import transformers
+assert (importlib.metadata.packages_distributions, Path.rglob) == patched
+assert transformers.structure[0] == {frozenset({'torch'}): {'models.llama': {'Llama'}}}
+assert transformers.distributions["first"] == ["one"]
+assert [path.name for path in transformers.files] == ["image_processing_llama.py"]
+assert transformers.others == transformers.files
+calls.remove((Path(transformers.__file__).parent, "image_processing_*.py"))  # not of the models alone
+print(len(transformers.calls) + len(calls))
+shortcuts.write_structures(state, finder.known)
+"""
+
+
+def test_import_structures_are_found_once_for_an_installation(tmp_path: Path) -> None:
+    _installation(tmp_path)
+
+    def calls() -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", _IMPORT, str(tmp_path / shortcuts.STRUCTURES)],
+            env={"PYTHONPATH": f"{tmp_path}:{Path(shortcuts.__file__).parent.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    assert calls() == 3  # not 4: the second question of the same start
+    assert calls() == 0
+    (tmp_path / "transformers" / "models" / "new").mkdir()  # another installation
+    assert calls() == 3
+    (tmp_path / "one-1.0.dist-info").rename(tmp_path / "one-1.1.dist-info")
+    assert calls() == 3
+    (tmp_path / shortcuts.STRUCTURES).write_bytes(b"damaged")
+    assert calls() == 3
+
+
+def test_operators_are_named_after_the_frame_that_registers_them(put: Put) -> None:
+    put(
+        "torch/_library/utils.py",
+        "import inspect, sys\n"
+        "def get_source(stacklevel):\n"
+        "    frame = inspect.getframeinfo(sys._getframe(stacklevel))\n"
+        "    return f'{frame.filename}:{frame.lineno}'\n",
+    )
+    put(
+        "torch/library.py",
+        "import inspect, sys\n"
+        "import torch._library.utils\n"
+        "def register():\n"
+        "    module = inspect.getmodule(sys._getframe(1))\n"
+        "    return torch._library.utils.get_source(2), module.__name__, inspect.isfunction(register)\n",
+    )
+    put("user.py", "import torch.library\ndef use():\n    return torch.library.register()\n")
+    theirs = importlib.import_module("user").use()
+    own = importlib.import_module("torch._library.utils").get_source
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("torch", "user")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, shortcuts.name_operators_quickly())
+    ours = importlib.import_module("user").use()
+    assert importlib.import_module("torch._library.utils").get_source is not own
+    assert ours == theirs
+    assert ours[0].endswith("user.py:3")
+    assert ours[1:] == ("user", True)
+
+
+_VALIDATE = """
+import sys
+from runtime import shortcuts
+sys.meta_path.insert(0, shortcuts.validate_later())
+import pydantic
+class Request(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+    prompts: "list[Prompt]"
+class Prompt(pydantic.BaseModel):
+    tokens: int = 3
+print(Request.__pydantic_complete__, Prompt.__pydantic_complete__)
+print(Request.model_validate({"prompts": [{"tokens": "4"}, {}]}))
+try:
+    Request(prompts=[], other=1)
+except pydantic.ValidationError as error:
+    print(error.errors()[0]["type"])
+print(pydantic.TypeAdapter(list[Prompt]).validate_json('[{"tokens": 5}]'))
+"""
+
+
+def test_validators_are_made_when_they_are_first_used() -> None:
+    done = subprocess.run([sys.executable, "-c", _VALIDATE], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "False False",
+        "prompts=[Prompt(tokens=4), Prompt(tokens=3)]",
+        "extra_forbidden",
+        "[Prompt(tokens=5)]",
+    ]
+    assert "defer_build" not in pydantic.BaseModel.model_config
+
+
+_MANAGER = """
+import threading
+made = threading.Event()
+def cached_tokenizer_from_config(model_config):
+    made.wait(10)
+    if model_config is None:
+        raise ValueError("no tokenizer")
+    return "tokenizer of " + model_config
+class StructuredOutputManager:
+    def __init__(self, model_config):
+        self.tokenizer = cached_tokenizer_from_config(model_config=model_config)
+    def backend(self):
+        return self.tokenizer
+"""
+
+
+def test_tokenizer_of_structured_output_is_waited_for_when_wanted(put: Put) -> None:
+    put("vllm/v1/structured_output.py", _MANAGER)
+    assert shortcuts.make_structured_output_tokenizer_beside()
+    module: Any = importlib.import_module("vllm.v1.structured_output")
+    good, bad = module.StructuredOutputManager("a model"), module.StructuredOutputManager(None)
+    threading.Timer(0.05, module.made.set).start()
+    assert good.backend() == good.backend() == "tokenizer of a model"
+    with pytest.raises(ValueError, match="no tokenizer"):
+        bad.backend()
+    good.tokenizer = "another"
+    assert good.backend() == "another"
+
+
+def test_another_vllm_makes_that_tokenizer_itself(put: Put) -> None:
+    put("vllm/v1/structured_output.py", "class StructuredOutputManager: pass\n")
+    assert not shortcuts.make_structured_output_tokenizer_beside()
+
+
+def test_who_asks_for_a_processor_gets_no_tokenizer(put: Put) -> None:
+    put("transformers/models/auto/processing_auto.py", "class AutoTokenizer: pass\n")
+    module: Any = importlib.import_module("transformers.models.auto.processing_auto")
+    own = module.AutoTokenizer
+    with shortcuts.tokenizer_is_no_processor(), pytest.raises(ValueError, match="no processor"):
+        module.AutoTokenizer.from_pretrained("a model", trust_remote_code=False)
+    assert module.AutoTokenizer is own
