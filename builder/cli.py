@@ -295,6 +295,13 @@ def prewarm(
             help="How to run the engine (eager, compiled, …) if it answers right; else as --optimize chooses."
         ),
     ] = None,
+    loaders: Annotated[
+        bool,
+        typer.Option(
+            "--loaders",
+            help="Try vLLM's ways of loading weights too, from a cold page cache, and bake the quickest.",
+        ),
+    ] = False,
     mount: Mount = None,
 ) -> None:
     """Start an image once and add what that start recorded, so that the next ones are faster."""
@@ -321,6 +328,7 @@ def prewarm(
             cache=pipeline.cache_folder(),
             reporter=reporter,
             mode=mode,
+            loaders=loaders,
             mount=mount,
         )
     typer.echo(f"{image} {made.id}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,25 @@ def prewarm(
     cache: Path,
     reporter: Reporter,
     mode: str | None = None,
+    loaders: bool = False,
     mount: Path | None = None,
 ) -> Prewarmed:
     """Add the state to the image `tag`, which then names the result.
 
     label: "name=value" of the build, as for DockerEngine.build. mode: the one to record, in place of the one
-    that the image's `--optimize` would choose. mount: the model's folder, where the image has none. Raises
+    that the image's `--optimize` would choose. loaders: try vLLM's ways of loading weights, and record the
+    quickest. mount: the model's folder, where the image has none. Raises
     HostError where this host cannot run the image, BuildError when it runs and does not become ready.
     """
     image = engine.require_image(tag)
-    name = image.id.removeprefix("sha256:") + (f"-{quote(mode, safe='')}" if mode else "")
+    options = [*(("--mode", mode) if mode else ()), *(("--loaders",) if loaders else ())]
+    name = "-".join([image.id.removeprefix("sha256:"), *(quote(option, safe="") for option in options)])
     folder = cache.absolute() / "state" / name
     with exclusive(folder.with_suffix(".lock"), "this image is being started", reporter):
         if not folder.is_dir():
             reporter.step(f"Starting {tag}, to record what a start needs")
             with finished_folder(folder) as partial:
-                for name, data in _record(engine, tag, image, mode, mount, reporter).items():
+                for name, data in _record(engine, tag, image, options, mount, reporter).items():
                     (partial / name).parent.mkdir(parents=True, exist_ok=True)
                     (partial / name).write_bytes(data)
     return add_state(engine, tag, folder, label=label, reporter=reporter)
@@ -113,13 +116,13 @@ def _record(
     engine: DockerEngine,
     tag: str,
     image: ImageInfo,
-    mode: str | None,
+    options: Sequence[str],
     mount: Path | None,
     reporter: Reporter,
 ) -> dict[str, bytes]:
     container = engine.start(
         tag,
-        arguments=["warm", "--output", _OUTPUT, *(("--mode", mode) if mode else ())],
+        arguments=["warm", "--output", _OUTPUT, *options],
         network="none",
         publish=False,
         volumes=volumes(engine, tag, mount),

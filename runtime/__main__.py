@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING  # noqa: E402
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-    from runtime.settings import Settings, VllmArgument
+    from runtime.settings import Settings, VllmArgument, WarmOptions
 
 # The kernel drops signals to a PID 1 that has no handler. Until the supervisor has its own, just leave.
 if __name__ == "__main__":
@@ -76,8 +75,8 @@ def main(argv: list[str]) -> int:
         return _stop(str(error), EXIT_SETTINGS)
 
 
-def _serve(argv: list[str], recorded: "tuple[Path, str | None] | None") -> int:
-    """Serve; or, with a folder to write to and the mode that is insisted on, warm. Raises SettingsError."""
+def _serve(argv: list[str], recorded: "WarmOptions | None") -> int:
+    """Serve, or record a start. Raises SettingsError."""
     from contextlib import nullcontext
     from dataclasses import replace
     from pathlib import Path
@@ -125,7 +124,7 @@ def _look(
     argv: list[str],
     flags: list[str],
     known: "Sequence[VllmArgument]",
-    recorded: "tuple[Path, str | None] | None",
+    recorded: "WarmOptions | None",
 ) -> int:
     """`warm` and --print-config, which look at the machine first. Raises SettingsError."""
     from dataclasses import replace
@@ -148,8 +147,8 @@ def _look(
 
     from runtime.warm import warm
 
-    output, mode = recorded
-    return warm(settings, flags, facts, output, modes.named(settings, mode) if mode else None)
+    insisted = modes.named(settings, recorded.mode) if recorded.mode else None
+    return warm(settings, flags, facts, recorded.output, insisted, loaders=recorded.loaders)
 
 
 # Processes forked from the template import this file again under another name.

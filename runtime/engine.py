@@ -183,7 +183,7 @@ async def _serve(
 
 def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
     """What vLLM needs to build its app, and imports only when it does. Beside the engine core's start."""
-    with trace.span(Phase.READY, "while the engine core starts"):
+    with trace.span(Phase.TOKENIZER_INIT, "what else the app is made of"):
         with deferred.replacing_at_the_end():
             arguments.of_app()
             for name in (*_APP, *deferred.of_api_process(state.folder() / deferred.TOUCHED)):
@@ -220,7 +220,7 @@ class _Arguments:
         logger.addFilter(_not_of_duplicates)
         try:
             return AsyncEngineArgs.from_cli_args(parser.parse_args(list(self._argv)))
-        except UnknownError:
+        except (UnknownError, TypeError, ValueError):  # the whole parser says what is wrong
             return None
         finally:
             logger.removeFilter(_not_of_duplicates)

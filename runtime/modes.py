@@ -38,6 +38,23 @@ _CANDIDATES: Mapping[tuple[str, str], tuple[Mode, ...]] = {
     ("cuda", "balanced"): (replace(_DEFAULT, environment=_PLAN),),
     ("cuda", "throughput"): (Mode("O3", ("-O3",), _PLAN), replace(_DEFAULT, environment=_PLAN)),
 }
+# vLLM's ways of bringing weights into memory, besides its own choice.
+_SAFETENSORS: Mapping[str, tuple[str, ...]] = {
+    "prefetch": ("--safetensors-load-strategy", "prefetch"),
+    "4 threads": (
+        "--model-loader-extra-config",
+        '{"enable_multithread_load": true, "num_threads": 4}',
+    ),
+}
+_LOADERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "cpu": _SAFETENSORS,
+    "cuda": {
+        **_SAFETENSORS,
+        "fastsafetensors": ("--load-format", "fastsafetensors"),
+        "runai_streamer": ("--load-format", "runai_streamer"),
+    },
+}
+_OF_LOADING = ("--load-format", "--safetensors-load-strategy", "--model-loader-extra-config")
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,13 @@ def candidates(settings: Settings, optimize: str | None = None) -> tuple[Mode, .
             for mode in found
         )
     return found
+
+
+def loaders(settings: Settings) -> Mapping[str, tuple[str, ...]]:
+    """Name -> engine arguments; none where the user has chosen how weights are loaded."""
+    given = dict(pairs((*settings.manifest.engine_args, *settings.engine_args)))
+    chosen = any(flag.split(".", 1)[0] in _OF_LOADING for flag in given)
+    return {} if chosen else _LOADERS[settings.manifest.device]
 
 
 def choose(optimize: str, reference: Measured, right: Sequence[Measured]) -> Measured:

@@ -553,9 +553,10 @@ def help_text(known: Sequence[VllmArgument] = ()) -> str:
         "",
         "Serve the baked model with vLLM. Flags win over environment variables, and these over the image.",
         "",
-        "In place of `serve`: `warm --output FOLDER [--mode NAME] [FLAGS]` records a start for `coldstart",
-        "prewarm --from FOLDER`; `health` is for HEALTHCHECK; `switches` prints what --off can name;",
-        "`golden` tells whether the running server answers as recorded; `fetch` downloads the model.",
+        "In place of `serve`: `warm --output FOLDER [--mode NAME] [--loaders] [FLAGS]` records a start,",
+        "for `coldstart prewarm --from FOLDER`; `health` is for HEALTHCHECK; `switches` prints what --off",
+        "can name; `golden` tells whether the running server answers as recorded; `fetch` downloads the",
+        "model.",
         "",
         "Coldstart:",
     ]
@@ -607,12 +608,26 @@ def manifest_path(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(environ.get("COLDSTART_MANIFEST", str(MANIFEST_PATH)))
 
 
-def take_warm_options(argv: list[str]) -> tuple[Path, str | None]:
-    """Take `--output FOLDER` and `--mode NAME` out of the arguments of `warm`. Raises SettingsError."""
-    output, mode = _take(argv, "--output"), _take(argv, "--mode")
+@dataclass(frozen=True)
+class WarmOptions:
+    """output: the folder to write to; mode: the one that is insisted on; loaders: whether to try them."""
+
+    output: Path
+    mode: str | None
+    loaders: bool
+
+
+def take_warm_options(argv: list[str]) -> WarmOptions:
+    """Take `--output FOLDER`, `--mode NAME` and `--loaders` out of the arguments of `warm`.
+
+    Raises SettingsError.
+    """
+    output, mode, loaders = _take(argv, "--output"), _take(argv, "--mode"), "--loaders" in argv
+    if loaders:
+        argv.remove("--loaders")
     if output is None:
         raise SettingsError("warm needs --output FOLDER, the folder to write to")
-    return Path(output), mode
+    return WarmOptions(Path(output), mode, loaders)
 
 
 def _take(argv: list[str], flag: str) -> str | None:

@@ -1,9 +1,10 @@
-"""`python3 -m runtime warm --output FOLDER [--mode NAME] [FLAGS]`: starts the server and records its start.
+"""`python3 -m runtime warm --output FOLDER [--mode NAME] [--loaders] [FLAGS]`: records a start of the server.
 
 First each mode that may serve here, or only the one that is named: its golden answers against those of a
-plain eager start, its speed, and what it compiles. Then, with the best one, a last start from its own
-recording, which lists the files that a start opens and proves that nothing is compiled again. For
-`coldstart prewarm`, which adds the folder to the image. Works in any container engine.
+plain eager start, its speed, and what it compiles. With `--loaders`, starts from a cold page cache, with each
+of vLLM's ways of loading weights. Then, with the best one, a last start from its own recording, which lists
+the files that a start opens and proves that nothing is compiled again. For `coldstart prewarm`, which adds
+the folder to the image. Works in any container engine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from runtime import deferred, fingerprint, golden, logs, modes, record, state
@@ -38,6 +40,10 @@ from runtime.switches import Switch
 _POLL_SECONDS = 0.2
 _STOP_SECONDS = 60
 EXIT_WRONG = 1
+# Of each loader, in turns.
+_LOADER_STARTS = 3
+# Of the weights, that a start reads from the disk when they have left the page cache.
+_COLD_SHARE = 0.9
 _POOLING = ("/v1/embeddings", "/classify", "/pooling")  # a server has some of them, by its model
 # What touches weights or KV cache, and could make an answer wrong: the reference goes without.
 _COULD_BE_WRONG = (Switch.BYTEWISE_REPACK, Switch.LAZY_KV_CACHE, Switch.SHORT_WARMUP)
@@ -52,16 +58,23 @@ class WarmError(Exception):
 
 
 def warm(
-    settings: Settings, argv: Sequence[str], facts: Facts, output: Path, insisted: Mode | None = None
+    settings: Settings,
+    argv: Sequence[str],
+    facts: Facts,
+    output: Path,
+    insisted: Mode | None = None,
+    *,
+    loaders: bool = False,
 ) -> int:
     """Exit code 0 when `output` is complete; else the server's own. facts: as preflight found them.
 
     insisted: the mode to record, if it answers right, in place of the one that `--optimize` would choose.
+    loaders: look for the quickest way of loading the weights, too.
     """
     output.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(prefix="coldstart-warm-") as folder:
-            _Warm(settings, argv, facts, output, Path(folder)).run(insisted)
+            _Warm(settings, argv, facts, output, Path(folder)).run(insisted, loaders=loaders)
     except WarmError as error:
         logs.say(f"warm: not recorded: {error}", "error")
         return error.code
@@ -79,15 +92,16 @@ class _Warm:
         self._golden: dict[str, list[golden.Answer]] = {}
         self._report: dict[str, Any] = {"optimize": settings.manifest.optimize, "modes": []}
 
-    def run(self, insisted: Mode | None) -> None:
+    def run(self, insisted: Mode | None, *, loaders: bool) -> None:
         if insisted:
             chosen = insisted
             self._hold_to_eager(insisted)
         else:
             chosen = self._compare(modes.candidates(self._settings)).mode
         self._report["chosen"] = chosen.name
+        arguments = self._quickest_loader() if loaders else ()
         logs.say(f"warm: recording a start: {chosen.name}")
-        self._record(chosen)
+        self._record(chosen, arguments)
 
     def _compare(self, candidates: Sequence[Mode]) -> Measured:
         """The best mode. Each is held against an eager start of its dtype."""
@@ -182,10 +196,60 @@ class _Warm:
         speed = f"{rate:.0f} tokens/s" if rate else "refused"
         logs.say(f"warm: {mode.name}: {speed}; {judgement}")
 
-    def _record(self, mode: Mode) -> None:
-        """Write the recording of `mode`, start from it, and prove that the start used it."""
+    def _quickest_loader(self) -> tuple[str, ...]:
+        """Engine arguments of the loader with which eager starts from a cold page cache are ready soonest.
+
+        None, which is vLLM's own choice, unless another is sooner by more than chance.
+        """
+        own = "vLLM's own"
+        loaders = {own: (), **modes.loaders(self._settings)}
+        if len(loaders) == 1:
+            logs.say("warm: the arguments say how weights are loaded; no other way is tried")
+            return ()
+        seconds: dict[str, list[float]] = {name: [] for name in loaders}
+        for turn in range(_LOADER_STARTS):
+            for name in list(seconds)[:: 1 if turn % 2 == 0 else -1]:
+                try:
+                    seconds[name].append(self._cold_start(f"{name}-{turn}", loaders[name]))
+                except WarmError as error:
+                    if name == own:
+                        raise
+                    logs.say(f"warm: loader {name} is left out: {error}", "warning")
+                    del seconds[name]
+        best = min(seconds, key=lambda name: median(seconds[name]))
+        # Each of its starts before each of theirs; anything else may be the disk's mood.
+        chosen = best if max(seconds[best]) < min(seconds[own]) else own
+        told = ", ".join(f"{name} {median(values):.1f} s" for name, values in seconds.items())
+        logs.say(f"warm: ready from a cold page cache with the loader {told}; taken: {chosen}")
+        self._report |= {"loader": chosen, "loaders": seconds}
+        return loaders[chosen]
+
+    def _cold_start(self, name: str, arguments: tuple[str, ...]) -> float:
+        """Seconds to ready of an eager start whose weights are on the disk only."""
+        weights = list(Path(self._settings.manifest.model_path).glob("*.safetensors"))
+        for path in weights:
+            _forget(path)
+        eager = modes.reference()
+        mode = replace(eager, name=f"loader-{name}", engine_args=(*eager.engine_args, *arguments))
+        with self._server(mode) as pid:
+            seconds = float(golden.get(f"{self._url}/startup")["elapsed"])
+            size, read = sum(map(_size, map(str, weights))), sum(map(_read_bytes, (pid, *descendants(pid))))
+        if read < size * _COLD_SHARE:
+            logs.say(
+                f"warm: a start that was to be cold read {read >> 20} MiB of {size >> 20} MiB of weights "
+                "from the disk; the rest was in memory still",
+                "warning",
+            )
+        return seconds
+
+    def _record(self, mode: Mode, arguments: tuple[str, ...] = ()) -> None:
+        """Write the recording of `mode`, start from it, and prove that the start used it.
+
+        arguments: of the engine, that no answer and no compiled code depends on.
+        """
         answers = self._golden.get(modes.reference(mode).name)
-        recording = self._write(mode, self._cache(mode))
+        cache = self._cache(mode)
+        recording = self._write(replace(mode, engine_args=(*mode.engine_args, *arguments)), cache)
         if answers:
             golden.write(recording.folder / golden.FILE, answers)
         environment = {record.VARIABLE: str(self._output), state.FOLDER_VARIABLE: str(self._output)}
@@ -321,6 +385,20 @@ def _libraries(pid: int) -> set[str]:
         lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
         return {line.split(maxsplit=5)[5] for line in lines if line.count("/") and ".so" in line}
     return set()
+
+
+def _forget(path: Path) -> None:
+    """Have the kernel drop what it keeps of a file in memory, which it does unless somebody has it mapped."""
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _read_bytes(pid: int) -> int:
+    """What a process has had read from a disk."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        return int(dict(line.split(": ") for line in lines)["read_bytes"])
+    return 0
 
 
 def _size(path: str) -> int:

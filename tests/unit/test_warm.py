@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -96,9 +97,12 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Stub:
     return made
 
 
-def run(output: Path, optimize: str = "balanced", *argv: str, mode: str | None = None) -> int:
+def run(
+    output: Path, optimize: str = "balanced", *argv: str, mode: str | None = None, loaders: bool = False
+) -> int:
     settings = load(argv, {}, replace(MANIFEST, optimize=optimize))
-    return warm.warm(settings, argv, FACTS, output, modes.named(settings, mode) if mode else None)
+    insisted = modes.named(settings, mode) if mode else None
+    return warm.warm(settings, argv, FACTS, output, insisted, loaders=loaders)
 
 
 def read(output: Path) -> Recording:
@@ -210,3 +214,97 @@ def test_recordings_of_other_machines_are_kept(stub: Stub, tmp_path: Path) -> No
     assert len(state.recordings(tmp_path)) == 2
     described = [json.loads((folder / state.RECORDING).read_bytes()) for folder in state.recordings(tmp_path)]
     assert {one["facts"]["engine arguments"] for one in described} == {"", "--max-model-len 9"}
+
+
+LOADERS = {"vLLM's own": 5.0, "prefetch": 3.0, "4 threads": 6.0}
+
+
+def _cold_starts(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> list[str]:
+    """What the starts with each loader take, one after the other; their names are noted."""
+    begun: list[str] = []
+
+    def start(_: Any, name: str, arguments: tuple[str, ...]) -> float:
+        loader = name.rpartition("-")[0]
+        begun.append(loader)
+        assert bool(arguments) == (loader != "vLLM's own")
+        if not seconds[loader]:
+            raise warm.WarmError("the server ended, see above")
+        return seconds[loader].pop(0)
+
+    monkeypatch.setattr(warm._Warm, "_cold_start", start)
+    return begun
+
+
+def test_the_quickest_loader_is_recorded(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, prefetch, threads = LOADERS
+    begun = _cold_starts(
+        monkeypatch, {own: [5.0, 5.2, 9.0], prefetch: [4.9, 3.0, 3.1], threads: [5.1, 5.1, 5.1]}
+    )
+    assert run(tmp_path, "startup", loaders=True) == 0
+    assert begun == [own, prefetch, threads, threads, prefetch, own, own, prefetch, threads]
+    assert stub.started == ["eager", "recording"]
+    recording = read(tmp_path)
+    assert recording.mode.name == "eager"
+    assert recording.mode.engine_args == ("--enforce-eager", "--safetensors-load-strategy", "prefetch")
+    assert recording.report["loader"] == prefetch
+    assert "vLLM's own 5.2 s, prefetch 3.1 s, 4 threads 5.1 s; taken: prefetch" in capsys.readouterr().err
+
+
+def test_a_loader_that_is_hardly_quicker_or_missing_is_not_taken(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, prefetch, threads = LOADERS
+    _cold_starts(monkeypatch, {own: [5.0, 5.2, 9.0], prefetch: [5.1, 3.0, 3.1], threads: []})
+    assert run(tmp_path, "startup", loaders=True) == 0
+    assert read(tmp_path).mode.engine_args == ("--enforce-eager",)
+    error = capsys.readouterr().err
+    assert "loader 4 threads is left out: the server ended" in error
+    assert "taken: vLLM's own" in error
+
+
+def test_no_loader_is_tried_where_the_user_has_chosen_one(
+    stub: Stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun = _cold_starts(monkeypatch, {})
+    assert run(tmp_path, "startup", "--load-format", "dummy", loaders=True) == 0
+    assert begun == []
+    assert "no other way is tried" in capsys.readouterr().err
+
+
+def test_a_cold_start_that_finds_the_weights_in_memory_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(bytes(32 << 20))
+    settings = load((), {}, replace(MANIFEST, model_path=str(tmp_path)))
+    read = {"bytes": 31 << 20}
+
+    @contextmanager
+    def server(*_: Any) -> Iterator[int]:
+        yield os.getpid()
+
+    monkeypatch.setattr(warm._Warm, "_server", server)
+    monkeypatch.setattr(warm, "descendants", lambda _: [])
+    monkeypatch.setattr(warm, "_read_bytes", lambda _: read["bytes"])
+    monkeypatch.setattr(golden, "get", lambda _: {"elapsed": 4.5})
+    one = warm._Warm(settings, (), FACTS, tmp_path / "out", tmp_path / "cache")
+    assert one._cold_start("prefetch-0", ("--safetensors-load-strategy", "prefetch")) == 4.5
+    assert "in memory still" not in capsys.readouterr().err
+    read["bytes"] = 3 << 20
+    one._cold_start("prefetch-1", ())
+    assert "read 3 MiB of 32 MiB of weights from the disk" in capsys.readouterr().err
+
+
+def test_what_a_process_reads_from_the_disk_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as file:
+        file.write(os.urandom(8 << 20))
+        os.fsync(file.fileno())
+    warm._forget(path)
+    before = warm._read_bytes(os.getpid())
+    path.read_bytes()
+    assert warm._read_bytes(os.getpid()) - before >= 8 << 20
+    path.read_bytes()
+    assert warm._read_bytes(os.getpid()) - before < 16 << 20
+    assert warm._read_bytes(1 << 22) == 0

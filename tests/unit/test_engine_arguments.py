@@ -1,0 +1,105 @@
+"""vLLM's arguments: the engine's are parsed without what the app is made of. With parsers made up here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime import engine
+
+_FILES = {
+    "vllm/utils/argparse_utils.py": """
+import argparse, logging
+logger = logging.getLogger(__name__)
+class FlexibleArgumentParser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        if len(set(args)) < len(args):
+            logger.warning("Found duplicate keys %s", args)
+        return super().parse_args(args, namespace)
+""",
+    "vllm/engine/arg_utils.py": """
+from dataclasses import dataclass
+@dataclass
+class AsyncEngineArgs:
+    max_model_len: int
+    flash: bool = True
+    @staticmethod
+    def add_cli_args(parser):
+        parser.add_argument("--max-model-len", type=int, default=2048)
+        return parser
+    @classmethod
+    def from_cli_args(cls, args):
+        return cls(args.max_model_len)
+""",
+    "vllm/entrypoints/launchers/cli_args.py": """
+from vllm.engine.arg_utils import AsyncEngineArgs
+def make_arg_parser(parser):
+    parser.add_argument("model_tag", nargs="?")
+    parser.add_argument("--tool-call-parser")
+    parser.add_argument("--no-flash", action="store_true")
+    return AsyncEngineArgs.add_cli_args(parser)
+def validate_parsed_serve_args(args):
+    if args.tool_call_parser == "none":
+        raise ValueError("no such parser")
+def propagate_flash_late_interaction(args, engine_args):
+    engine_args.flash = not args.no_flash
+""",
+}
+_APP = "vllm.entrypoints.launchers.cli_args"
+
+
+@pytest.fixture(autouse=True)
+def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name, source in _FILES.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in path.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / folder / "__init__.py").touch()
+        path.write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
+        del sys.modules[name]
+
+
+def test_the_engines_own_need_nothing_of_the_app(caplog: pytest.LogCaptureFixture) -> None:
+    arguments = engine._Arguments(["--max-model-len", "4", "--max-model-len", "8"])
+    assert arguments.of_engine().max_model_len == 8
+    assert _APP not in sys.modules
+    assert caplog.records == []  # the whole parser will say it
+    assert arguments.of_app().max_model_len == 8
+    assert arguments.of_app() is arguments.of_app()
+    assert [record.getMessage() for record in caplog.records] == [
+        "Found duplicate keys ['--max-model-len', '4', '--max-model-len', '8']"
+    ]
+
+
+@pytest.mark.parametrize("other", [["--tool-call-parser", "hermes"], ["--no-flash"]])
+def test_where_others_are_given_all_are_parsed(other: list[str]) -> None:
+    arguments = engine._Arguments(["--max-model-len", "8", *other])
+    assert arguments.of_engine() is None
+    engine_args = arguments.of_engine_and_app()
+    assert engine_args.max_model_len == 8
+    assert engine_args.flash == (other != ["--no-flash"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        (["--max-model-len", "many"], "see its message above"),
+        (["--max-model"], "see its message above"),
+        (["--unheard-of", "3"], "see its message above"),
+        (["--tool-call-parser", "none"], "no such parser"),
+        (["stray"], "'stray' is not the value"),
+    ],
+)
+def test_what_vllm_does_not_take_is_refused(argv: list[str], reason: str) -> None:
+    arguments = engine._Arguments(argv)
+    assert arguments.of_engine() is None
+    with pytest.raises(engine.RefusedError, match=reason):
+        arguments.of_engine_and_app()
