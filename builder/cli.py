@@ -533,19 +533,18 @@ def _measure(
     images: list[str], runs: int, *, json_file: Path | None, outputs: Outputs, **options: Any
 ) -> BenchResult:
     """Run the benchmark, live on a terminal; raw samples go to `json_file` after each run."""
-    from rich.console import Console
-
     from benchmarks.docker_host import DockerHost
     from benchmarks.harness import run_benchmark
     from benchmarks.live import LiveView
     from benchmarks.outputs import check_folder, write_whole
+    from builder.console import terminal
     from builder.docker_engine import DockerEngine
 
     outputs.check()
     if json_file:
         check_folder(json_file)
     engine = DockerEngine()
-    live = LiveView(console) if (console := Console(stderr=True)).is_terminal else None
+    live = LiveView(console) if (console := terminal(stderr=True)).is_terminal else None
 
     def save(result: BenchResult) -> None:
         if json_file:
@@ -685,11 +684,10 @@ def bench_history(
     png: PngFile = None,
 ) -> None:
     """Show results over time; mark where an image got slower."""
-    from rich.console import Console
-
     from benchmarks import history
     from benchmarks.outputs import Outputs, write_whole
     from benchmarks.svg import png as draw_png
+    from builder.console import terminal
 
     outputs = Outputs(html, svg, png)
     outputs.check()
@@ -699,7 +697,7 @@ def bench_history(
         raise InputError(
             f"{folder} has no result with a start that succeeded", fix="Measure one with --json."
         )
-    Console().print(history.table(lines))
+    terminal(stderr=False).print(history.table(lines))
     for name in skipped:
         typer.echo(f"{name} is not a result of coldstart bench")
     if html:
@@ -755,17 +753,16 @@ def _conclude(
     json_file: Path | None = None,
 ) -> None:
     """Show and write a result. Raises where a start failed, or got slower than `allowed`."""
-    from rich.console import Console
-
     from benchmarks.report import comparison
     from benchmarks.stats import Verdict
     from benchmarks.summary import decide
+    from builder.console import terminal
 
     shown = earlier.put_first(result) if earlier else result
     notes = earlier.lines(result) if earlier else []
     decisions = decide(shown, allowed) if allowed is not None else []
     notes += [decision.sentence for decision in decisions]
-    Console().print(comparison(shown, notes))
+    terminal(stderr=False).print(comparison(shown, notes))
     for path in outputs.write(shown, notes):
         typer.echo(f"written: {path}")
     if json_file:
@@ -959,11 +956,9 @@ def _print_plan(planned: _Planned) -> None:
 
 
 def _reporter() -> ConsoleReporter:
-    from rich.console import Console
+    from builder.console import ConsoleReporter, terminal
 
-    from builder.console import ConsoleReporter
-
-    return ConsoleReporter(Console(stderr=True))
+    return ConsoleReporter(terminal(stderr=True))
 
 
 def _show(error: ColdstartError) -> None:

@@ -1,4 +1,4 @@
-"""The Reporter of the CLI: rich progress on a terminal, plain lines elsewhere. Writes to stderr only."""
+"""The Reporter of the CLI, on stderr: rich progress on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ class ConsoleReporter:
         return _plain(self, title, total, unit)
 
 
+def terminal(*, stderr: bool) -> Console:
+    """Without emoji: the `:new:` of an image's name is none."""
+    return Console(stderr=stderr, emoji=False)
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 
@@ -64,12 +69,12 @@ def _live(console: Console, title: str, total: int | None, unit: str) -> Iterato
     amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else ()
     with Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=30),
         *amounts,
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", style="dim", markup=False),
         console=console,
     ) as progress:
         yield _LiveTask(progress, progress.add_task(title, total=total, detail=""))

@@ -43,6 +43,8 @@ _FAILURE_LINGER_SECONDS = 2.0
 _ABORT_SECONDS = 3.0
 # What the kernel may take to end processes that were killed: they may hold much memory.
 _KILL_SECONDS = 5.0
+# How soon a process is killed that was being started when the others were.
+_STARTER_SECONDS = 0.1
 
 
 class Supervisor:
@@ -122,8 +124,12 @@ class Supervisor:
             self._events.close()
         if self._lifecycle.state is not State.FAILED:
             self._lifecycle.move(State.STOPPED, self._reason)
-        self._end_processes()  # also ends a starter that waits for the template
-        await asyncio.wait({starter}, timeout=2)
+        # A starter that waits for the template ends with that; it may be about to make it.
+        deadline = time.monotonic() + _KILL_SECONDS
+        self._end_processes()
+        while not starter.done() and time.monotonic() < deadline:
+            await asyncio.wait({starter}, timeout=_STARTER_SECONDS)
+            self._end_processes()
         await self._front.retire()
         signal.pthread_sigmask(
             signal.SIG_BLOCK, _SIGNALS

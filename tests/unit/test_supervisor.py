@@ -173,6 +173,27 @@ def test_a_signal_at_any_moment_of_the_first_second_ends_it(serve: Callable[...,
         assert server.left() == []
 
 
+_SLOW_TEMPLATE = """
+import time
+from multiprocessing import forkserver
+own = forkserver.ForkServer.ensure_running
+def ensure_running(self):
+    print("about to make the template", flush=True)
+    time.sleep(1)
+    own(self)
+forkserver.ForkServer.ensure_running = ensure_running
+"""
+
+
+def test_a_template_that_is_made_after_the_others_were_killed_is_ended_too(
+    serve: Callable[..., Server],
+) -> None:
+    server = serve(HANGS, patch=_SLOW_TEMPLATE)
+    _until(lambda: None, lambda: "about to make" in server.log())
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait() == (0, "coldstart: exit 0: stopped as asked")
+
+
 def test_import_that_fails_is_told(serve: Callable[..., Server]) -> None:
     server = serve("raise ImportError('libcuda.so.1: cannot open shared object file')")
     code, last_line = server.wait()
