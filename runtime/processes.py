@@ -118,6 +118,13 @@ def open_devices() -> list[str]:
     return sorted(path for path in found if path.startswith(_DEVICES))
 
 
+def serve(*arguments: Any) -> None:
+    """Entry of the API process. PID 1 never imports what that runs, and does not wait for its files."""
+    from runtime import engine
+
+    engine.serve(*arguments)
+
+
 def call_in_fork(function: Callable[[], _T]) -> _T:
     """Call `function` in a fork of the template and return its picklable result.
 

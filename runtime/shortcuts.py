@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.machinery
-import importlib.metadata
-import inspect
 import marshal
 import mmap
 import sys
@@ -321,6 +319,8 @@ def name_operators_quickly() -> AfterImport:
     It asks `inspect` for them, which at each operator looks at every module that there is, and at the source.
     """
 
+    import inspect
+
     class Quick(ModuleType):
         """`inspect`, as torch.library knows it."""
 
@@ -363,7 +363,9 @@ class ImportStructures(AfterImport):
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """While the block runs, what transformers asks of the standard library is remembered too."""
-        distributions, rglob = importlib.metadata.packages_distributions, Path.rglob
+        from importlib import metadata
+
+        distributions, rglob = metadata.packages_distributions, Path.rglob
 
         def remembered_distributions() -> Any:
             return self._remember(("distributions",), lambda: dict(distributions()))
@@ -376,12 +378,12 @@ class ImportStructures(AfterImport):
             )
             return map(Path, found)
 
-        importlib.metadata.packages_distributions = remembered_distributions
+        metadata.packages_distributions = remembered_distributions
         Path.rglob = remembered_rglob  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
-            importlib.metadata.packages_distributions = distributions
+            metadata.packages_distributions = distributions
             Path.rglob = rglob  # type: ignore[method-assign]
 
     def _replace(self, module: Any) -> None:

@@ -243,15 +243,14 @@ class Supervisor:
 
     def _fork_engine(self, listener: socket.socket, channel: Connection) -> BaseProcess:
         """Returns when the template has imported vLLM. For a thread, so that no probe waits for it."""
-        from runtime import engine
-
+        os.environ[trace.LAUNCHED_VARIABLE] = str(now())
         preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
         if preload:
             os.environ["LD_PRELOAD"] = preload
         context = processes.context()
         context.set_forkserver_preload(["runtime.template"])
         arguments = (self._settings, listener, channel, self._lifecycle.started)
-        process = context.Process(target=engine.serve, args=arguments, name="api")
+        process = context.Process(target=processes.serve, args=arguments, name="api")
         process.start()
         return process
 

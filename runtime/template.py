@@ -134,15 +134,16 @@ def _load() -> None:
     global imports_remembered
     imports_remembered = bool(structures.known)
     _defer(Path(recording) if recording else None)
-    # Python's own start is part of the import: from a cold page cache it is a tenth of it.
+    # Making the process and Python's own start are part of it: from a cold page cache they are a tenth.
     remembering = structures.in_place() if Switch.IMPORT_STRUCTURES.on else contextlib.nullcontext()
-    with trace.span(Phase.ENGINE_IMPORT, since=trace.process_started()), remembering:
+    with trace.span(Phase.ENGINE_IMPORT, since=trace.launched()), remembering:
         _fork_from_template()
         if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
             _inspect_in_fork()
         for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
             importlib.import_module(name)
         _import_model(Path(manifest.model_path))
+        importlib.import_module("runtime.engine")
         # torch.distributed empties a cache of the compiler, and with it imports that, if it finds it there.
         deferred.forget("torch._dynamo")
     if logs.is_json():

@@ -23,6 +23,7 @@ from typing import Any
 from runtime.phases import Phase, PhaseEvent, now
 
 SOCKET_VARIABLE = "COLDSTART_EVENTS"
+LAUNCHED_VARIABLE = "_COLDSTART_LAUNCHED"
 _PROGRESS_SECONDS = 0.2
 _ERROR_CHARACTERS = 2000
 _SEND_SECONDS = 1.0
@@ -124,6 +125,12 @@ def process_started() -> float:
     """Epoch seconds at which the kernel made this process, to the tick of 10 ms: before Python could look."""
     ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
     return now() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+def launched() -> float:
+    """Epoch seconds at which PID 1 began to make this process; where another did, at which it was made."""
+    told = os.environ.pop(LAUNCHED_VARIABLE, None)
+    return float(told) if told else process_started()
 
 
 @contextmanager

@@ -110,3 +110,9 @@ def test_shards_are_counted_as_the_weights_are_read(
         "shard 3 of 3, 2 of 3 MB",
         "shard 3 of 3, 2 of 3 MB",
     ]
+
+
+def test_a_process_of_pid_1_was_launched_when_that_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(trace.LAUNCHED_VARIABLE, "12.5")
+    assert trace.launched() == 12.5
+    assert trace.launched() == pytest.approx(trace.process_started(), abs=0.02)  # no other process is told
