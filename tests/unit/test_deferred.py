@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,26 +15,7 @@ from typing import Any
 import pytest
 
 from runtime import deferred
-
-Put = Callable[[str, str], None]
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
-    """put(path, source) writes a module that can be imported during the test."""
-    monkeypatch.syspath_prepend(tmp_path)
-    before, finders = set(sys.modules), list(sys.meta_path)
-
-    def write(path: str, source: str) -> None:
-        file = tmp_path / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(source)
-        importlib.invalidate_caches()
-
-    yield write
-    sys.meta_path[:] = finders
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+from tests.unit.conftest import Put
 
 
 def _defer(names: deferred.Names, **options: Any) -> list[str]:

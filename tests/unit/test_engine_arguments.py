@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from runtime import engine
+from tests.unit.conftest import Put
 
 _FILES = {
     "vllm/utils/argparse_utils.py": """
@@ -53,18 +51,9 @@ _APP = "vllm.entrypoints.launchers.cli_args"
 
 
 @pytest.fixture(autouse=True)
-def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def vllm(put: Put) -> None:
     for name, source in _FILES.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for folder in path.relative_to(tmp_path).parents[:-1]:
-            (tmp_path / folder / "__init__.py").touch()
-        path.write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    importlib.invalidate_caches()
-    yield
-    for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
-        del sys.modules[name]
+        put(name, source)
 
 
 def test_the_engines_own_need_nothing_of_the_app(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,6 @@ import importlib
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +13,7 @@ import pydantic
 import pytest
 
 from runtime import shortcuts
-
-Put = Callable[[str, str], None]
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Put]:
-    """put(path, source) writes a module that can be imported during the test."""
-    monkeypatch.syspath_prepend(tmp_path)
-    before, finders = set(sys.modules), list(sys.meta_path)
-
-    def write(path: str, source: str) -> None:
-        file = tmp_path / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        for folder in file.relative_to(tmp_path).parents[:-1]:
-            (tmp_path / folder / "__init__.py").touch()
-        file.write_text(source)
-        importlib.invalidate_caches()
-
-    yield write
-    sys.meta_path[:] = finders
-    for name in set(sys.modules) - before:
-        del sys.modules[name]
+from tests.unit.conftest import Put
 
 
 def _installation(folder: Path) -> None:

@@ -216,7 +216,7 @@ def test_recordings_of_other_machines_are_kept(stub: Stub, tmp_path: Path) -> No
     assert {one["facts"]["engine arguments"] for one in described} == {"", "--max-model-len 9"}
 
 
-LOADERS = {"vLLM's own": 5.0, "prefetch": 3.0, "4 threads": 6.0}
+LOADERS = ("vLLM's own", "prefetch", "4 threads")
 
 
 def _cold_starts(monkeypatch: pytest.MonkeyPatch, seconds: dict[str, list[float]]) -> list[str]:
