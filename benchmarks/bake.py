@@ -176,9 +176,10 @@ def rows(
     has: Has = "base",
     base: int = 0,
 ) -> tuple[Node, list[Row]]:
-    """One row an image. The first baked image's first pull gives rates and the rest of the start, and the
-    first run of an image that downloads or mounts its weights that way's rate; `given` rates replace those.
-    Runs that gave nothing check it: of `check`, measured at the rates given, else of `result`.
+    """One row an image. A run of the first baked image gives rates and the rest of the start, and one of an
+    image that downloads or mounts its weights that way's rate; `given` rates replace those. Each is the
+    median one, where `check` has the runs that check it, measured at the rates given; else the first, which
+    the others check.
 
     weights: bytes of each image's weights, where the images do not say it. has, base: of the node that is
     asked about, and the compressed bytes that it lacks if it has nothing; the runs are those of a node that
@@ -196,8 +197,9 @@ def rows(
     baked = next((name for name, way in own.items() if way == "bake"), None)
     if baked is None:
         raise ValueError("no image has its weights baked: measure one with the others")
-    whole = runs[baked][0]
-    node = replace(_with_own_rates(rates_of(whole), whole, own, runs, sizes), **given)  # type: ignore[arg-type]
+    chosen = {name: _median_run(found) if check else found[0] for name, found in runs.items()}
+    whole = chosen[baked]
+    node = replace(_with_own_rates(rates_of(whole), whole, own, chosen, sizes), **given)  # type: ignore[arg-type]
     measured_node, node = node, replace(node, has=has)
     if has == "image" and node.disk is None:
         raise ValueError("the disk's rate is not known: give --disk, or --cold")
@@ -205,14 +207,14 @@ def rows(
     found = []
     for name, way in own.items():
         # Images whose weights are elsewhere pull the rest alone; what they would pull baked is the first's.
-        source = runs[name][0] if way == "bake" else whole
+        source = chosen[name] if way == "bake" else whole
         model = Model(
             sizes[name], fetched_by(source), base, rest_of(source), source.seconds_in(Phase.ENGINE_IMPORT)
         )
         others = check.measured(name) if check else runs[name][1:]
         predicted = seconds(way, model, measured_node)
         if way != "bake":  # it does pull something
-            predicted += fetched_by(runs[name][0]) * (1 / node.registry + 1 / node.unpack)
+            predicted += fetched_by(chosen[name]) * (1 / node.registry + 1 / node.unpack)
         found.append(
             Row(
                 name,
@@ -232,15 +234,20 @@ def _with_own_rates(
     node: Node,
     whole: Run,
     ways: Mapping[str, Way],
-    runs: Mapping[str, Sequence[Run]],
+    chosen: Mapping[str, Run],
     sizes: Mapping[str, int],
 ) -> Node:
     """With the hub's rate where an image downloaded, and a mount's where one read from it."""
     for name, way in ways.items():
-        first = runs[name][0]
-        if way == "download" and (took := first.seconds_in(Phase.MODEL_DOWNLOAD)):
+        run = chosen[name]
+        if way == "download" and (took := run.seconds_in(Phase.MODEL_DOWNLOAD)):
             node = replace(node, hub=sizes[name] / took)
         elif way == "mount":
-            longer = first.seconds_in(Phase.WEIGHT_LOAD) - whole.seconds_in(Phase.WEIGHT_LOAD)
+            longer = run.seconds_in(Phase.WEIGHT_LOAD) - whole.seconds_in(Phase.WEIGHT_LOAD)
             node = replace(node, mount=sizes[name] / longer if longer > 0 else math.inf)
     return node
+
+
+def _median_run(runs: Sequence[Run]) -> Run:
+    """The one in the middle; the sooner of two."""
+    return sorted(runs, key=lambda run: run.total_seconds or 0.0)[(len(runs) - 1) // 2]

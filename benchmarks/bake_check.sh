@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Whether `coldstart bench bake` predicts well: the same model baked, downloaded and mounted, pulled from a registry
-# on this machine. Calibrated as fast as loopback goes, then held to runs at the rates below. 10 minutes on 2 cores.
+# Whether `coldstart bench bake` predicts well: the same model baked, quantized and baked, downloaded and mounted, pulled
+# from a registry on this machine. Calibrated as fast as loopback goes, then held to runs at the rates below, and at the
+# registry's rate where baking and downloading should take as long as each other. 15 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
@@ -11,7 +12,7 @@ OUT=${OUT:-benchmarks/results/bake-$(date +%F)}
 NAME=${NAME:-coldstart-bench/bake}
 folder=$(mktemp -d)
 pids=()
-images=()
+images=() # bake, download, mount, awq
 
 cleanup() {
   ((${#pids[@]})) && kill "${pids[@]}" 2>/dev/null || true
@@ -79,20 +80,25 @@ throttle() { # registry MB/s, hub MB/s; 0: none
 throttle 0 0
 export HF_ENDPOINT="http://$gateway:$hub_front"
 
-for way in bake download mount; do
+for way in bake download mount awq; do
   image=127.0.0.1:$front/$NAME:$way
-  source=$model
-  [ "$way" = download ] && source=bench/smollm2
-  built=$(coldstart build "$source" --base "$COLDSTART_TEST_BASE" --weights "$way" --no-prewarm -t "$image" --push --json \
+  case $way in
+    download) from=(bench/smollm2 --weights download) ;;
+    awq) from=("$COLDSTART_TEST_MODEL" --quantize awq) ;; # the original, which may be in the cache of quantized ones
+    *) from=("$model" --weights "$way") ;;
+  esac
+  built=$(coldstart build "${from[@]}" --base "$COLDSTART_TEST_BASE" --no-prewarm -t "$image" --push --json \
     -- --max-model-len 2048)
   images+=("$image")
   weights=$(python -c 'import json, sys; print(json.load(sys.stdin).get("weights_image") or "")' <<<"$built")
   [ -n "$weights" ] || continue
-  stock=127.0.0.1:$front/$NAME:stock
-  DOCKER_BUILDKIT=0 docker build -q -t "$stock" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
-  docker push -q "$stock"
-  # Their tags would keep the layers that a pull is to bring.
-  docker rmi "$stock" "$weights" >/dev/null
+  if [ "$way" = bake ]; then
+    stock=127.0.0.1:$front/$NAME:stock
+    DOCKER_BUILDKIT=0 docker build -q -t "$stock" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
+    docker push -q "$stock"
+    docker rmi "$stock" >/dev/null
+  fi
+  docker rmi "$weights" >/dev/null # its tag would keep the layers that a pull is to bring
 done
 
 mounted=(--mount "$model" --env "HF_ENDPOINT=$HF_ENDPOINT")
@@ -104,10 +110,17 @@ docker rmi "$stock" >/dev/null
 docker pull -q "${images[0]}"
 throttle "$REGISTRY_RATE" "$HUB_RATE"
 coldstart bench "${images[@]}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-throttled.json"
+crossing=$(coldstart bench bake "$OUT-loopback.json" --check "$OUT-throttled.json" --hub "$HUB_RATE" |
+  sed -n 's|.*baking is sooner.* from \([0-9]*\) MB/s.*|\1|p' | head -n 1)
+throttle "$crossing" "$HUB_RATE"
+coldstart bench "${images[@]:0:2}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-crossing.json"
 {
   echo "# Within the loopback runs: the first of each calibrates, the others check."
   coldstart bench bake "$OUT-loopback.json"
   echo
   echo "# Held to runs at $REGISTRY_RATE MB/s of the registry and $HUB_RATE MB/s of the hub."
   coldstart bench bake "$OUT-loopback.json" --check "$OUT-throttled.json" --registry "$REGISTRY_RATE" --hub "$HUB_RATE"
+  echo
+  echo "# Where baking and downloading should take as long: $crossing MB/s of the registry and $HUB_RATE MB/s of the hub."
+  coldstart bench bake "$OUT-loopback.json" --check "$OUT-crossing.json" --registry "$crossing" --hub "$HUB_RATE"
 } | tee "$OUT.txt"

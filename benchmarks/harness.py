@@ -584,7 +584,8 @@ class _Bench:
         finally:
             sample.pull = tuple(pull.phases())
             if not done:
-                self.reporter.note(f"{image.reference} is not here now; get it back: docker pull {digest}")
+                back = f"docker pull {digest} && docker tag {digest} {image.tag}"
+                self.reporter.note(f"{image.reference} is not here now; get it back: {back}")
         if not pull.layers:
             sample.warnings.append("nothing was pulled: another image keeps every layer here")
 

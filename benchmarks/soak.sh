@@ -12,7 +12,7 @@ TODAY=$(date +%F)
 trap 'docker rmi "$OURS" "$STOCK" >/dev/null 2>&1 || true' EXIT
 trap 'exit 130' INT TERM
 
-weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --json -- --max-model-len 2048 |
+weights=$(coldstart build "$COLDSTART_TEST_MODEL" --base "$COLDSTART_TEST_BASE" -t "$OURS" --optimize startup --json -- --max-model-len 2048 |
   python -c 'import json, sys; print(json.load(sys.stdin)["weights_image"])')
 DOCKER_BUILDKIT=0 docker build -q -t "$STOCK" --build-arg WEIGHTS="$weights" - <benchmarks/stock.Dockerfile
 python -m benchmarks.proxy_hop "$OURS" "$STOCK" --starts "${STARTS:-6}" --json "$RESULTS/proxy-hop-$TODAY.json"

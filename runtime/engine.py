@@ -184,16 +184,19 @@ async def _serve(
 def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
     """What vLLM needs to build its app, and imports only when it does. Beside the engine core's start."""
     with trace.span(Phase.TOKENIZER_INIT, "what else the app is made of"):
-        with deferred.replacing_at_the_end():
-            arguments.of_app()
-            for name in (*_APP, *deferred.of_api_process(state.folder() / deferred.TOUCHED)):
-                with contextlib.suppress(ImportError):
-                    deferred.execute(importlib.import_module(name))
-        # vLLM does so once more when it builds the app; what takes long of it, it remembers.
-        from vllm.renderers.params import ChatParams
+        try:
+            with deferred.replacing_at_the_end():
+                arguments.of_app()
+                for name in (*_APP, *deferred.of_api_process(state.folder() / deferred.TOUCHED)):
+                    with contextlib.suppress(ImportError):
+                        deferred.execute(importlib.import_module(name))
+            # vLLM does so once more when it builds the app; what takes long of it, it remembers.
+            from vllm.renderers.params import ChatParams
 
-        with shortcuts.tokenizer_is_no_processor():
-            renderer.warmup(ChatParams())
+            with shortcuts.tokenizer_is_no_processor():
+                renderer.warmup(ChatParams())
+        except Exception as error:
+            logs.say(f"what the app is made of is imported when it is built: {error!r}", "warning")
 
 
 class _Arguments:

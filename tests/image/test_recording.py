@@ -245,7 +245,7 @@ def test_an_image_carries_recordings_for_several_machines(
 
 
 def test_a_numeric_defect_in_compiled_code_is_refused(
-    base: str, build: Callable[..., Any], derived: Callable[[str, str], str]
+    base: str, build: Callable[..., Any], derived: Callable[[str, str], str], tiny_folder: Path
 ) -> None:
     """The base's Llama, changed so that only the compiled one scales what a layer gives by 3 %.
 
@@ -259,7 +259,7 @@ def test_a_numeric_defect_in_compiled_code_is_refused(
     )
     wrong = f'python3 -c "{change}"'
     seeded = derived(base, wrong)
-    tag = build("seeded:1", base=seeded)["tag"]
+    tag = build("seeded:1", base=seeded, folder=tiny_folder, engine_args=TINY_ARGS)["tag"]
     done = coldstart("prewarm", tag, "--mode", "compiled-float32")
     assert done.code == 5
     assert "eager-float32: " in done.err

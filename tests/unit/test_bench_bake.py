@@ -201,6 +201,18 @@ def test_runs_at_other_rates_check_the_model_at_those() -> None:
     assert rows[0].error == pytest.approx(33.0 / 31.25 - 1)
 
 
+def test_held_to_another_file_the_median_run_calibrates() -> None:
+    """So that a first run that something disturbed decides nothing."""
+    result = three_ways()
+    slow = [run.model_copy(update={"total_seconds": 2 * (run.total_seconds or 0)}) for run in result.runs[:3]]
+    again = [run.model_copy(update={"index": 2}) for run in result.runs[3:]]
+    disturbed = result.model_copy(update={"runs": (*slow, *result.runs[3:], *again), "runs_per_image": 3})
+    _, rows = bake.rows(disturbed, {}, check=result)
+    assert [row.error for row in rows] == pytest.approx([0.0, 0.0, 0.0])
+    _, alone = bake.rows(disturbed, {})
+    assert alone[0].error == pytest.approx(1.0)
+
+
 def test_without_a_baked_image_or_a_size_nothing_is_predicted() -> None:
     result = three_ways()
     with pytest.raises(ValueError, match="--weights"):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from runtime import engine
+from runtime import engine, trace
 from tests.unit.conftest import Put
 
 _FILES = {
@@ -92,3 +92,14 @@ def test_what_vllm_does_not_take_is_refused(argv: list[str], reason: str) -> Non
     assert arguments.of_engine() is None
     with pytest.raises(engine.RefusedError, match=reason):
         arguments.of_engine_and_app()
+
+
+def test_what_fails_of_the_app_beside_the_core_is_told_and_not_as_the_starts_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The vLLM made up here has no app; it is wanted again later, and fails there if it must."""
+    sent: list[dict[str, object]] = []
+    monkeypatch.setattr(trace, "_send", sent.append)
+    engine._prepare_app(engine._Arguments(["--max-model-len", "8"]), renderer=None)
+    assert [message for message in sent if "error" in message] == []
+    assert "is imported when it is built: ModuleNotFoundError" in "".join(capsys.readouterr())
