@@ -38,7 +38,7 @@ demo-clean:
 bench: $(VENV)/.made
 	$(TESTBED) benchmarks/suite.sh
 
-# What holds bench itself to account: 30 minutes on a quiet machine.
+# What holds bench itself to account: 25 minutes on a quiet machine.
 bench-checks: $(VENV)/.made
 	$(TESTBED) benchmarks/checks.sh
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What holds bench itself to account: the sampler's cost in pairs, stock vLLM with a filled compile cache, stock vLLM
 # that downloads its weights, and bake's predictions against measured pulls. On a quiet machine, by
-# `make bench-checks`; 30 minutes on 2 cores.
+# `make bench-checks`; 25 minutes on 2 cores.
 set -euo pipefail
 cd "$(dirname "$(realpath "$0")")/.."
 PATH=$PWD/.venv/bin:$PATH
