@@ -314,15 +314,20 @@ def _server(args: Any, app: AsgiApp, requests: _Requests, channel: Connection) -
             # uvicorn closes a connection that has sent nothing yet; its request may be on the way.
             await _until(
                 lambda: (
-                    not self.acceptor.tasks and all(getattr(c, "cycle", c) is not None for c in connections)
+                    not self.acceptor.tasks
+                    and all(_is_websocket(c) or c.cycle is not None for c in connections)
                 ),
                 time.monotonic() + _FIRST_REQUEST_SECONDS,
             )
             for connection in list(connections):
-                connection.shutdown()  # at once, or after the response that it is sending
+                if not _is_websocket(connection):  # which uvicorn would cut in the middle
+                    connection.shutdown()  # at once, or after the response that it is sending
             await _until(lambda: not connections or time.monotonic() > self.deadline, math.inf)
             if connections:
                 requests.end("The server stops before this request is finished.")
+                for connection in filter(_is_websocket, list(connections)):
+                    requests.cut = True
+                    connection.shutdown()  # with code 1012, "service restart"
                 await _until(lambda: not connections, time.monotonic() + _ERROR_SECONDS)
 
     # In JSON, uvicorn's loggers go the way of all others.
@@ -350,6 +355,11 @@ def _uvicorn_logs(args: Any) -> dict[str, Any]:
         if (config := get_uvicorn_log_config(args)) is not None:
             return {"log_config": config}
     return {}
+
+
+def _is_websocket(connection: Any) -> bool:
+    """Of uvicorn's protocols, those for HTTP have a request and its response at a time: a cycle."""
+    return not hasattr(connection, "cycle")
 
 
 async def _until(condition: Callable[[], bool], deadline: float) -> None:

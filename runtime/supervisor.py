@@ -251,6 +251,7 @@ class Supervisor:
         context.set_forkserver_preload(["runtime.template"])
         arguments = (self._settings, listener, channel, self._lifecycle.started)
         process = context.Process(target=processes.serve, args=arguments, name="api")
+        processes.start_tracker()
         process.start()
         return process
 

@@ -109,6 +109,8 @@ def _defer(recording: Path | None) -> None:
 def _load() -> None:
     # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
     os.setpgid(0, 0)
+    # Where the kernel takes several at once, PID 1 has to be there to say so.
+    processes.go_before(os.getppid(), os.getpid())
     manifest = read_manifest()
     device = manifest.device
     if device == "cpu":

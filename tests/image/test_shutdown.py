@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from benchmarks.load import Target, shut_down_under_load
@@ -90,3 +93,24 @@ def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Containe
         assert code == 6
         assert tally.errors >= 1
         assert last_line.startswith("coldstart: exit 6: requests in flight were cut. Raise --drain-timeout")
+
+
+def test_a_websocket_goes_on_until_its_client_leaves_or_time_is_up(base: str) -> None:
+    """No model here has one, so the server is asked for it around an app that echoes."""
+    here = Path(__file__).parent
+    volumes = {
+        str(here): {"bind": "/scripts", "mode": "ro"},
+        str(here.parent.parent / "runtime"): {"bind": "/packages/runtime", "mode": "ro"},
+    }
+    output = docker.from_env(timeout=600).containers.run(
+        *(base, ["/scripts/websockets_drained.py"]),
+        entrypoint=["python3"],
+        volumes=volumes,
+        network_mode="none",
+        remove=True,
+    )
+    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
+    assert json.loads(line.removeprefix("RESULT ")) == {
+        "leaves": {"answers": ["before", "after"], "code": 1000, "cut": False},
+        "stays": {"answers": ["before", "after"], "code": 1012, "cut": True},
+    }

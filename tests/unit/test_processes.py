@@ -127,3 +127,21 @@ def test_how_a_process_ended_is_known_when_it_was_reaped_first() -> None:
         """
     )
     assert said == "None -9"
+
+
+def test_the_kernel_takes_others_first_and_their_forks() -> None:
+    scores = _run("""
+        processes.start_tracker()
+        child = os.fork()
+        if child == 0:
+            processes.go_before(os.getppid(), os.getpid())
+            os.execv("/bin/sh", ["sh", "-c", "cat /proc/self/oom_score_adj; exit"])
+        os.waitpid(child, 0)
+        tracker = processes.resource_tracker._resource_tracker._pid
+        sys.stdout.write(open(f"/proc/{tracker}/oom_score_adj").read())
+        sys.stdout.write(open("/proc/self/oom_score_adj").read())
+        sys.stdout.flush()
+        processes.go_before(os.getpid(), 1 << 30)  # nobody: nothing happens
+    """).split()
+    forked, tracker, own = map(int, scores)
+    assert forked == tracker == min(1000, own + 100)
