@@ -15,7 +15,6 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,17 +134,11 @@ def _require_split(folder: Path) -> None:
 
 def test_vllm_serves_each_architecture_as_it_was_quantized(models: Path, base: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
-    asked = {name: (name, "awq", "cpu") for name in SERVED}
-    asked |= {method: ("llama", method, "cpu") for method in ("gptq", "awq-gptq")}
+    done = {name: _quantized(models / name, tmp_path / "cache") for name in SERVED}
+    for method in ("gptq", "awq-gptq"):
+        done[method] = _quantized(models / "llama", tmp_path / "cache", method)
     # No build would put FP8 on a CPU, but vLLM's fallback there shows that its output is read right.
-    asked["fp8"] = ("llama", "fp8", "cuda")
-    share_quantizer(tmp_path / "cache")
-    with ThreadPoolExecutor(2) as pool:  # most of it is one thread's importing
-        jobs = {
-            name: pool.submit(_quantized, models / model, tmp_path / "cache", method, device)
-            for name, (model, method, device) in asked.items()
-        }
-        done = {name: job.result() for name, job in jobs.items()}
+    done["fp8"] = _quantized(models / "llama", tmp_path / "cache", "fp8", "cuda")
     done["split"] = _split_by_the_quantizer(models / "llama", tmp_path / "cache")
     done["resharded"] = _split_afterwards(done["llama"], models / "llama", tmp_path / "cache")
     folders = {name: quantized.folder for name, quantized in done.items()}

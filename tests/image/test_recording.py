@@ -249,7 +249,7 @@ def test_a_numeric_defect_in_compiled_code_is_refused(
 ) -> None:
     """The base's Llama, changed so that only the compiled one scales what a layer gives by 3 %.
 
-    In float32, where compiled code answers right without the defect.
+    Of a model in float32, where compiled code answers right without the defect.
     """
     change = (
         "import pathlib, sysconfig; "
@@ -260,9 +260,9 @@ def test_a_numeric_defect_in_compiled_code_is_refused(
     wrong = f'python3 -c "{change}"'
     seeded = derived(base, wrong)
     tag = build("seeded:1", base=seeded, folder=tiny_folder, engine_args=TINY_ARGS)["tag"]
-    done = coldstart("prewarm", tag, "--mode", "compiled-float32")
+    done = coldstart("prewarm", tag, "--mode", "compiled")
     assert done.code == 5
-    assert "eager-float32: " in done.err
-    assert "compiled-float32: refused; answers differently" in done.err
-    assert "--mode compiled-float32 is refused" in done.err
+    assert "eager: " in done.err
+    assert "compiled: refused; answers differently" in done.err
+    assert "--mode compiled is refused" in done.err
     assert not DockerEngine().require_image(tag).labels.get("dev.coldstart.prewarmed")
