@@ -157,24 +157,37 @@ def _answer(pickled: bytes, sender: Connection) -> None:
         sender.send((False, traceback.format_exc()))
 
 
-def openmp_preload(device: str, environ: Mapping[str, str]) -> str | None:
-    """LD_PRELOAD for the template on CPUs, or None.
+def preload(device: str, environ: Mapping[str, str]) -> str:
+    """LD_PRELOAD for the template on CPUs: what vLLM preloads in engine processes that it starts itself.
 
-    vLLM binds OpenMP threads through the libgomp that torch ships; it must be loaded when the process
-    starts, and a forked worker no longer can (vllm#27369).
+    It binds OpenMP threads through the libgomp that torch ships (vllm#27369), and some builds of it bring
+    tcmalloc; both must be loaded when a process starts, and a forked one no longer can.
     """
-    current = environ.get("LD_PRELOAD", "")
-    if device != "cpu" or any(name in current for name in ("libgomp", "libiomp", "libomp")):
-        return None
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    package = Path(spec.origin).parent
-    for folder in (package.parent / "torch.libs", package / "lib"):
-        found = sorted(str(path) for path in folder.glob("libgomp*.so*"))
-        if found:
-            return f"{found[0]}:{current}" if current else found[0]
-    return None
+    wanted = environ.get("LD_PRELOAD", "")
+    if device != "cpu":
+        return wanted
+    torch, vllm = _package("torch"), _package("vllm")
+    if torch and not any(name in wanted for name in ("libgomp", "libiomp", "libomp")):
+        wanted = _joined(wanted, _first((torch.parent / "torch.libs", torch / "lib"), "libgomp*.so*"))
+    if vllm and "libtcmalloc" not in wanted:
+        folder = (vllm / "libs",)
+        found = _first(folder, "libtcmalloc_minimal*.so*") or _first(folder, "libtcmalloc.so*")
+        wanted = _joined(found, wanted)
+    return wanted
+
+
+def _package(name: str) -> Path | None:
+    """Its folder, without importing it."""
+    spec = importlib.util.find_spec(name)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def _first(folders: Iterable[Path], pattern: str) -> str:
+    return next((str(path) for folder in folders for path in sorted(folder.glob(pattern))), "")
+
+
+def _joined(*libraries: str) -> str:
+    return ":".join(filter(None, libraries))
 
 
 def start_fetch() -> subprocess.Popen[str]:

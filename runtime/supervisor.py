@@ -244,8 +244,7 @@ class Supervisor:
     def _fork_engine(self, listener: socket.socket, channel: Connection) -> BaseProcess:
         """Returns when the template has imported vLLM. For a thread, so that no probe waits for it."""
         os.environ[trace.LAUNCHED_VARIABLE] = str(now())
-        preload = processes.openmp_preload(self._settings.manifest.device, os.environ)
-        if preload:
+        if preload := processes.preload(self._settings.manifest.device, os.environ):
             os.environ["LD_PRELOAD"] = preload
         context = processes.context()
         context.set_forkserver_preload(["runtime.template"])

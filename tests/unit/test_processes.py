@@ -7,6 +7,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
+from runtime import processes
+
 
 def _run(code: str) -> str:
     """Runs in a process of its own, which is then the ancestor."""
@@ -145,3 +149,27 @@ def test_the_kernel_takes_others_first_and_their_forks() -> None:
     """).split()
     forked, tracker, own = map(int, scores)
     assert forked == tracker == min(1000, own + 100)
+
+
+def test_what_vllm_preloads_in_its_engine_is_preloaded_in_the_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (
+        "torch/lib/libgomp.so.1",
+        "vllm/libs/libtcmalloc_minimal.so.4",
+        "vllm/libs/libtcmalloc.so.4",
+    ):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    for package in ("torch", "vllm"):
+        (tmp_path / package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    gomp, tcmalloc = f"{tmp_path}/torch/lib/libgomp.so.1", f"{tmp_path}/vllm/libs/libtcmalloc_minimal.so.4"
+    assert processes.preload("cuda", {}) == ""
+    assert processes.preload("cpu", {}) == f"{tcmalloc}:{gomp}"
+    assert processes.preload("cpu", {"LD_PRELOAD": "/x.so"}) == f"{tcmalloc}:/x.so:{gomp}"
+    assert processes.preload("cpu", {"LD_PRELOAD": "/libiomp5.so"}) == f"{tcmalloc}:/libiomp5.so"
+    own = "/libtcmalloc.so.4:/libomp.so"
+    assert processes.preload("cpu", {"LD_PRELOAD": own}) == own
+    (tmp_path / "vllm/libs/libtcmalloc_minimal.so.4").unlink()
+    assert processes.preload("cpu", {}) == f"{tmp_path}/vllm/libs/libtcmalloc.so.4:{gomp}"
