@@ -110,17 +110,21 @@ docker rmi "$stock" >/dev/null
 docker pull -q "${images[0]}"
 throttle "$REGISTRY_RATE" "$HUB_RATE"
 coldstart bench "${images[@]}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-throttled.json"
-crossing=$(coldstart bench bake "$OUT-loopback.json" --check "$OUT-throttled.json" --hub "$HUB_RATE" |
-  sed -n 's|.*baking is sooner.* from \([0-9]*\) MB/s.*|\1|p' | head -n 1)
-throttle "$crossing" "$HUB_RATE"
-coldstart bench "${images[@]:0:2}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-crossing.json"
 {
   echo "# Within the loopback runs: the first of each calibrates, the others check."
   coldstart bench bake "$OUT-loopback.json"
   echo
   echo "# Held to runs at $REGISTRY_RATE MB/s of the registry and $HUB_RATE MB/s of the hub."
   coldstart bench bake "$OUT-loopback.json" --check "$OUT-throttled.json" --registry "$REGISTRY_RATE" --hub "$HUB_RATE"
+} | tee "$OUT.txt"
+
+# None where downloading is sooner at any rate.
+crossing=$(sed -n "/^# Held/,\$ {\|^${images[0]}:|{n;s|.*baking is sooner.* from \([0-9]*\) MB/s.*|\1|p}}" "$OUT.txt")
+[ -n "$crossing" ] || exit 0
+throttle "$crossing" "$HUB_RATE"
+coldstart bench "${images[@]:0:2}" --pull --runs "$RUNS" "${mounted[@]}" --json "$OUT-crossing.json"
+{
   echo
   echo "# Where baking and downloading should take as long: $crossing MB/s of the registry and $HUB_RATE MB/s of the hub."
   coldstart bench bake "$OUT-loopback.json" --check "$OUT-crossing.json" --registry "$crossing" --hub "$HUB_RATE"
-} | tee "$OUT.txt"
+} | tee -a "$OUT.txt"

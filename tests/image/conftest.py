@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import docker
 import pytest
 
 from builder.build import cache_folder
@@ -109,6 +110,25 @@ def wait_healthy(container: Container) -> None:
 
 def wait_ready(container: Container) -> None:
     wait_until(lambda: _answers(container, "/ready", 200), container)
+
+
+def in_base(base: str, script: str) -> Any:
+    """The RESULT of a script of this folder, run in the base with the runtime beside it and no network."""
+    here = Path(__file__).parent
+    volumes = {
+        str(here): {"bind": "/scripts", "mode": "ro"},
+        str(here.parent.parent / "runtime"): {"bind": "/packages/runtime", "mode": "ro"},
+    }
+    output = docker.from_env(timeout=600).containers.run(
+        base, entrypoint=["python3", f"/scripts/{script}"], volumes=volumes, network_mode="none", remove=True
+    )
+    return result_of(output)
+
+
+def result_of(output: bytes) -> Any:
+    """The JSON of the one line that begins with RESULT."""
+    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
 
 
 def tiny_models(*arguments: str | Path, home: Path) -> bytes:

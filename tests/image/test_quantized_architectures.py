@@ -36,7 +36,7 @@ from builder.report import SilentReporter
 from builder.reshard import reshard
 from builder.shards import tensors_of, write_shards
 from tests.image import foreign_packing
-from tests.image.conftest import coldstart, share_quantizer, tiny_models, wait_ready
+from tests.image.conftest import coldstart, in_base, result_of, share_quantizer, tiny_models, wait_ready
 from tests.image.tiny_models import TEXT
 
 HERE = Path(__file__).parent
@@ -87,20 +87,11 @@ def _in_vllm(base: str, folders: dict[str, Path], packages: Path | None = None) 
         network_mode="none",
         remove=True,
     )
-    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
-    return {Path(name).name: scored for name, scored in json.loads(line.removeprefix("RESULT ")).items()}
+    return {Path(name).name: scored for name, scored in result_of(output).items()}
 
 
 def test_weights_are_reordered_as_vllm_does_it(base: str) -> None:
-    volumes = {
-        str(HERE): {"bind": "/scripts", "mode": "ro"},
-        str(HERE.parent.parent / "runtime"): {"bind": "/packages/runtime", "mode": "ro"},
-    }
-    output = docker.from_env(timeout=600).containers.run(
-        base, entrypoint=["python3", "/scripts/repack.py"], volumes=volumes, network_mode="none", remove=True
-    )
-    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
-    result = json.loads(line.removeprefix("RESULT "))
+    result = in_base(base, "repack.py")
     assert result["left"] == "quick"
     assert result["other_stays"]
     assert len(result["same"]) == 6

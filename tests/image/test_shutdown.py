@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import docker
 import pytest
 
 from benchmarks.load import Target, shut_down_under_load
 from builder.docker_engine import Container
 from runtime import modes
 from runtime.phases import Phase
-from tests.image.conftest import get, wait_ready, wait_until
+from tests.image.conftest import get, in_base, wait_ready, wait_until
 
 NOTHING: dict[str, list[str]] = {"processes": [], "files": [], "shared_memory": [], "ports": []}
 # Those that last long enough to be seen under way; the signal comes when the phase has begun.
@@ -97,20 +94,7 @@ def test_shutdown_under_load(how: str, plain: Any, start: Callable[..., Containe
 
 def test_a_websocket_goes_on_until_its_client_leaves_or_time_is_up(base: str) -> None:
     """No model here has one, so the server is asked for it around an app that echoes."""
-    here = Path(__file__).parent
-    volumes = {
-        str(here): {"bind": "/scripts", "mode": "ro"},
-        str(here.parent.parent / "runtime"): {"bind": "/packages/runtime", "mode": "ro"},
-    }
-    output = docker.from_env(timeout=600).containers.run(
-        *(base, ["/scripts/websockets_drained.py"]),
-        entrypoint=["python3"],
-        volumes=volumes,
-        network_mode="none",
-        remove=True,
-    )
-    (line,) = [line for line in output.decode().splitlines() if line.startswith("RESULT ")]
-    assert json.loads(line.removeprefix("RESULT ")) == {
+    assert in_base(base, "websockets_drained.py") == {
         "leaves": {"answers": ["before", "after"], "code": 1000, "cut": False},
         "stays": {"answers": ["before", "after"], "code": 1012, "cut": True},
     }
