@@ -1,10 +1,13 @@
 """How fast vLLM's loaders bring large weights from a cold disk into memory, beside the disk's own rate.
 
-    python -m benchmarks.loaders OUT.json --base IMAGE --tokenizer FOLDER [--gib 8] [--runs 2] [--folder DIR]
+    python -m benchmarks.loaders OUT.json --base IMAGE --tokenizer FOLDER [--gib 8] [--runs 2] [--ranks 1]
+        [--only LOADER ...] [--folder DIR]
 
 Makes a Llama of random weights in DIR, which is removed afterwards, mounts it into an image of ours, and
-starts that once a loader and run, in turns, every page of the model out of the page cache first. A loader
-that the base lacks is told, not skipped silently. Root, on the engine's own machine.
+starts that once a loader and run, in turns, every page of the model out of the page cache first. A second
+one holds the same bytes as vLLM's `sharded_state` wants them: a file per tensor-parallel rank with the
+tensors that the rank has. A loader that the base lacks is told, not skipped silently. Root, on the engine's
+own machine.
 """
 
 from __future__ import annotations
@@ -31,7 +34,6 @@ from builder.docker_engine import DockerEngine
 # Few wide layers: what is measured is bytes, not the number of tensors.
 _HIDDEN, _INTERMEDIATE, _HEADS, _KV_HEADS = 4096, 14336, 32, 8
 _SHARD_BYTES = 1 << 30
-_TAG = "coldstart-bench/loaders:1"
 _START_SECONDS = 280
 _BLOCK = 16 << 20
 
@@ -46,11 +48,15 @@ LOADERS: Mapping[str, tuple[str, ...]] = {
     ),
     "runai_streamer": ("--load-format", "runai_streamer"),
     "fastsafetensors": ("--load-format", "fastsafetensors"),
+    "sharded_state": ("--load-format", "sharded_state"),
 }
 
 
-def make_model(folder: Path, tokenizer: Path, gib: float) -> int:
-    """A Llama of random bf16 weights, about `gib` GiB in shards of 1 GiB. Returns their bytes."""
+def make_model(folder: Path, tokenizer: Path, gib: float, ranks: int | None = None) -> int:
+    """A Llama of random bf16 weights, about `gib` GiB in shards of 1 GiB. Returns their bytes.
+
+    ranks: as `sharded_state` wants it, for so many tensor-parallel ranks.
+    """
     folder.mkdir(mode=0o755)
     for path in tokenizer.iterdir():
         if path.suffix != ".safetensors" and path.is_file():
@@ -69,15 +75,22 @@ def make_model(folder: Path, tokenizer: Path, gib: float) -> int:
         "dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    shards = list(_shards(shapes))
-    where: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(folder / file, {name: shapes[name] for name in names})
-        where |= dict.fromkeys(names, file)
     total = sum(map(_bytes, shapes.values()))
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    if ranks:
+        mine = _on_rank(shapes, ranks)
+        for rank in range(ranks):
+            for part, names in enumerate(_shards(mine)):
+                file = f"model-rank-{rank}-part-{part}.safetensors"
+                _write_shard(folder / file, {name: mine[name] for name in names})
+    else:
+        shards = list(_shards(shapes))
+        where: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            _write_shard(folder / file, {name: shapes[name] for name in names})
+            where |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     for path in folder.iterdir():
         path.chmod(0o644)
     return total
@@ -110,6 +123,30 @@ def _shapes(vocabulary: int, gib: float) -> dict[str, tuple[int, ...]]:
         shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in inside.items()}
         layer += 1
     return shapes
+
+
+# What vLLM's Llama holds as one tensor, and what a rank has a part of the columns of, not of the rows.
+_FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
+    "gate_proj": "gate_up_proj",
+    "up_proj": "gate_up_proj",
+}
+_BY_COLUMN = ("o_proj", "down_proj")
+
+
+def _on_rank(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of one of the ranks, which all have the same shapes."""
+    mine: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        module = name.split(".")[-2]
+        fused = name.replace(f".{module}.", f".{_FUSED.get(module, module)}.")
+        if len(shape) == 1:
+            mine[fused] = shape
+        elif module in _BY_COLUMN:
+            mine[fused] = (shape[0], shape[1] // ranks)
+        else:
+            rows = mine.get(fused, (0,))[0] + shape[0] // ranks
+            mine[fused] = (rows, shape[1])
+    return mine
 
 
 def _shards(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[list[str]]:
@@ -157,14 +194,14 @@ def disk_rate(paths: list[Path]) -> float:
     return total / (time.monotonic() - start)
 
 
-def measure(folder: Path, inside: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+def measure(folder: Path, tag: str, arguments: tuple[str, ...]) -> dict[str, Any]:
     """One cold start: seconds of weight_load and until ready, or why there were none."""
     page_cache.bring([folder], "cold")
     name = f"coldstart-loaders-{os.getpid()}"
-    command = ["docker", "run", "--detach", "--name", name, "--network", "none", "--volume"]
-    subprocess.run(
-        [*command, f"{folder}:{inside}:ro", _TAG, *arguments], check=True, stdout=subprocess.DEVNULL
-    )
+    # Ranks exchange tensors through /dev/shm.
+    command = ["docker", "run", "--detach", "--name", name, "--network", "none", "--shm-size", "1g"]
+    volume = f"{folder}:/models/{folder.name}:ro"
+    subprocess.run([*command, "--volume", volume, tag, *arguments], check=True, stdout=subprocess.DEVNULL)
     try:
         return _wait(name)
     finally:
@@ -188,7 +225,9 @@ def _wait(name: str) -> dict[str, Any]:
             report = json.loads(done.stdout)
             if report["status"] == "ready":
                 loads = [event for event in report["phases"] if event["phase"] == "weight_load"]
-                return {"seconds": loads[0]["end"] - loads[0]["start"], "ready": report["elapsed"]}
+                first = min(event["start"] for event in loads)
+                seconds = max(event["end"] for event in loads) - first
+                return {"seconds": seconds, "ready": report["elapsed"]}
         running = subprocess.run(
             ["docker", "inspect", "--format", "{{.State.Running}}", name],
             capture_output=True,
@@ -210,29 +249,37 @@ def main() -> None:
     parser.add_argument("--gib", type=float, default=8)
     parser.add_argument("--runs", type=int, default=2)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "coldstart-loaders")
+    parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel")
+    parser.add_argument("--only", action="append", choices=LOADERS, metavar="LOADER")
     given = parser.parse_args()
-    folder, engine = given.folder / "random-llama", DockerEngine()
+    engine = DockerEngine()
     given.folder.mkdir(parents=True)
-    result: dict[str, Any] = {"machine": describe_machine(engine.version).model_dump(), "runs": []}
+    names = [name for name in LOADERS if name in (given.only or LOADERS)]
+    result: dict[str, Any] = {
+        "machine": describe_machine(engine.version).model_dump(),
+        "ranks": given.ranks,
+        "runs": [],
+    }
+    images = []
     try:
-        result["bytes"] = make_model(folder, given.tokenizer, given.gib)
+        plain = given.folder / "random-llama"
+        result["bytes"] = make_model(plain, given.tokenizer, given.gib)
+        folders = dict.fromkeys(names, plain)
+        if "sharded_state" in names:
+            folders["sharded_state"] = given.folder / "random-llama-sharded"
+            make_model(folders["sharded_state"], given.tokenizer, given.gib, given.ranks)
         os.sync()
-        coldstart = [
-            str(Path(sys.executable).parent / "coldstart"),
-            "build",
-            str(folder),
-            "--base",
-            given.base,
-        ]
-        options = ["--weights", "mount", "--no-prewarm", "-t", _TAG, "--", "--max-model-len", "256"]
-        subprocess.run([*coldstart, *options], check=True)
+        for folder in dict.fromkeys(folders.values()):
+            images.append(_tag(folder))
+            _build(folder, given.base, given.ranks)
         for run in range(given.runs):
-            page_cache.bring([folder], "cold")
-            rate = disk_rate(sorted(folder.glob("*.safetensors")))
+            page_cache.bring([plain], "cold")
+            rate = disk_rate(sorted(plain.glob("*.safetensors")))
             result["runs"].append({"loader": "disk", "bytes_per_second": rate})
             print(f"run {run}: disk {rate / 1e6:.0f} MB/s", flush=True)
-            for loader, arguments in LOADERS.items():
-                measured = measure(folder, f"/models/{folder.name}", arguments)
+            for loader, folder in folders.items():
+                arguments = LOADERS[loader]
+                measured = measure(folder, _tag(folder), arguments)
                 if "seconds" in measured:
                     measured["bytes_per_second"] = result["bytes"] / measured["seconds"]
                 result["runs"].append({"loader": loader, "arguments": arguments, **measured})
@@ -240,8 +287,20 @@ def main() -> None:
                 given.output.write_text(json.dumps(result, indent=1) + "\n")
     finally:
         shutil.rmtree(given.folder)
-        if engine.image(_TAG):
-            engine.remove_image(_TAG)
+        for tag in images:
+            if engine.image(tag):
+                engine.remove_image(tag)
+
+
+def _tag(folder: Path) -> str:
+    return f"coldstart-bench/loaders:{folder.name}"
+
+
+def _build(folder: Path, base: str, ranks: int) -> None:
+    coldstart = Path(sys.executable).parent / "coldstart"
+    options = ["--base", base, "--weights", "mount", "--no-prewarm", "-t", _tag(folder)]
+    arguments = ["--max-model-len", "256", "--tensor-parallel-size", str(ranks)]
+    subprocess.run([coldstart, "build", folder, *options, "--", *arguments], check=True)
 
 
 if __name__ == "__main__":

@@ -40,8 +40,10 @@ class Cost:
 # Printed by `python -m benchmarks.quantization OUT.json --cost` for random Llamas of 53M and 172M parameters.
 # The runs are in benchmarks/results/quantization-*.json; a test compares them with this.
 COSTS: Mapping[str, Cost] = {
-    "awq": Cost(5.98e8, 5.75, 0.0, 2.57e-10),
-    "rtn": Cost(4.46e8, 4.94, 6.04, 3.22e-11),
+    "awq": Cost(6.30e8, 4.95, 12.1, 1.81e-10),
+    "awq-gptq": Cost(6.24e8, 5.75, 12.7, 2.21e-10),
+    "gptq": Cost(5.56e8, 4.17, 11.2, 7.90e-11),
+    "rtn": Cost(4.17e8, 5.13, 7.68, 5.56e-11),
 }
 
 

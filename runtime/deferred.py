@@ -28,8 +28,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from runtime.phases import API_PROCESS
+
 TOUCHED = "touched.txt"
-_API = "api"  # as PID 1 names it
 
 # Of vLLM 0.32 and what it uses: a module, and the names that are taken of it where vLLM imports it. Each was
 # read for what executing it does to others: nothing, but registering operators that only it and its users
@@ -384,12 +385,12 @@ def unused(path: Path) -> dict[str, tuple[str, ...]]:
     """
     if (touched := _touched(path)) is None:
         return {}
-    return {name: names for name, names in CANDIDATES.items() if touched.get(name, {_API}) == {_API}}
+    return {name: names for name, names in CANDIDATES.items() if touched.get(name, set()) <= {API_PROCESS}}
 
 
 def of_api_process(path: Path) -> list[str]:
     """Those of `unused` that the API process touched, in its order."""
-    return [name for name, processes in (_touched(path) or {}).items() if processes == {_API}]
+    return [name for name, processes in (_touched(path) or {}).items() if processes == {API_PROCESS}]
 
 
 def _touched(path: Path) -> dict[str, set[str]] | None:
@@ -411,6 +412,6 @@ def recorder(path: Path) -> Callable[[str], None]:
 
     def told(name: str) -> None:
         process = multiprocessing.current_process().name
-        os.write(log, f"{name} {process if process == _API else 'other'}\n".encode())
+        os.write(log, f"{name} {process if process == API_PROCESS else 'other'}\n".encode())
 
     return told

@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
+# The process that serves the engine, by the name that PID 1 gives it.
+API_PROCESS = "api"
 
 
 class Phase(enum.StrEnum):

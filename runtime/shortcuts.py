@@ -403,7 +403,8 @@ class ImportStructures(AfterImport):
         return self.known[key]
 
 
-def _installation() -> tuple[str, ...]:
+@functools.cache
+def installation() -> tuple[str, ...]:
     """What must be the same for remembered structures to hold: Python, distributions, transformers' files."""
     spec = importlib.machinery.PathFinder.find_spec("transformers")
     if spec is None or spec.origin is None:
@@ -422,11 +423,11 @@ def _installation() -> tuple[str, ...]:
 def read_structures(path: Path) -> Structures:
     """Empty where there are none, or those of another installation."""
     try:
-        installation, structures = marshal.loads(path.read_bytes())  # noqa: S302 - root's, in the image
+        written_by, structures = marshal.loads(path.read_bytes())  # noqa: S302 - root's, in the image
     except (OSError, ValueError, EOFError, TypeError):
         return {}
-    return dict(structures) if installation == _installation() else {}
+    return dict(structures) if written_by == installation() else {}
 
 
 def write_structures(path: Path, structures: Structures) -> None:
-    path.write_bytes(marshal.dumps((_installation(), structures)))
+    path.write_bytes(marshal.dumps((installation(), structures)))

@@ -23,7 +23,7 @@ from runtime.defaults import TEARDOWN_SECONDS
 from runtime.fetch import FETCHED
 from runtime.front import Front
 from runtime.lifecycle import Lifecycle, State, describe_recording
-from runtime.phases import Phase, PhaseEvent, breakdown, now
+from runtime.phases import API_PROCESS, Phase, PhaseEvent, breakdown, now
 from runtime.settings import KEY_VARIABLES, Settings
 from runtime.state import Recording
 from runtime.switches import Switch
@@ -249,7 +249,7 @@ class Supervisor:
         context = processes.context()
         context.set_forkserver_preload(["runtime.template"])
         arguments = (self._settings, listener, channel, self._lifecycle.started)
-        process = context.Process(target=processes.serve, args=arguments, name="api")
+        process = context.Process(target=processes.serve, args=arguments, name=API_PROCESS)
         processes.start_tracker()
         process.start()
         return process

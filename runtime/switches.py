@@ -31,6 +31,10 @@ class Switch(enum.Enum):
         "late-validators",
         "Pydantic makes what validates a kind of request when the first of that kind comes.",
     )
+    QUANTIZATION_METHODS = (
+        "quantization-methods",
+        "Of vLLM's quantization methods only the model's is imported; that no other wants it is remembered.",
+    )
     DEFERRED_IMPORTS = (
         "deferred-imports",
         "Modules that the recorded start did not use are imported when something first needs them.",

@@ -18,7 +18,17 @@ import traceback
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
-from runtime import deferred, logs, processes, record, shortcuts, state, switches, trace
+from runtime import (
+    deferred,
+    logs,
+    processes,
+    quantization_methods,
+    record,
+    shortcuts,
+    state,
+    switches,
+    trace,
+)
 from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
@@ -90,6 +100,14 @@ def _import_model(folder: Path) -> None:
             quantization.get_quantization_config(method)
 
 
+def _methods() -> quantization_methods.Methods:
+    known = quantization_methods.read(state.folder() / quantization_methods.FILE)
+    if not (path := os.environ.get(quantization_methods.VARIABLE)):
+        return quantization_methods.Methods(known)
+    known |= quantization_methods.read(Path(path))
+    return quantization_methods.Methods(known, quantization_methods.writer(Path(path)))
+
+
 def _defer(recording: Path | None) -> None:
     """Have modules that the recorded start did not use imported later; while recording, all candidates."""
     if not Switch.DEFERRED_IMPORTS.on:
@@ -133,6 +151,9 @@ def _load() -> None:
         sys.meta_path.insert(0, shortcuts.validate_later())
     if Switch.OPERATOR_SOURCES.on:
         sys.meta_path.insert(0, shortcuts.name_operators_quickly())
+    methods = _methods()
+    if Switch.QUANTIZATION_METHODS.on:
+        sys.meta_path.insert(0, methods)
     global imports_remembered
     imports_remembered = bool(structures.known)
     _defer(Path(recording) if recording else None)
@@ -153,7 +174,7 @@ def _load() -> None:
     _write_variables()
     if recording:
         shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
-    missing = trace.install(device)
+    missing = trace.install(device) + methods.missing
     if Switch.CORE_BESIDE_TOKENIZER.on and not shortcuts.make_structured_output_tokenizer_beside():
         missing.append("vllm.v1.structured_output.cached_tokenizer_from_config")
     if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():

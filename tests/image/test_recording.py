@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from tests.image.conftest import PREFIX, TINY_ARGS, ask, coldstart, get, wait_re
 
 ANSWER = "The capital of France is Paris."
 RECORDING = "/opt/coldstart/state/recordings/*/recording.json"
+LOADERS = {"vLLM's own": (), **modes._LOADERS["cpu"]}
 READ_ONLY = ("--read-only", "--cap-drop", "ALL", "--user", "12345:0")
 
 
@@ -159,7 +161,10 @@ def test_verify_finds_that_vllm_compiles_again(compiled: str, derived: Callable[
 
 @pytest.fixture
 def recorded_elsewhere(build: Callable[..., Any], tiny_folder: Path, tmp_path: Path) -> tuple[str, Path]:
-    """The tag of an image without a recording, and the folder that `docker run IMAGE warm` wrote for it."""
+    """The tag of an image without a recording, and the folder that `docker run IMAGE warm` wrote for it.
+
+    It looked for the quickest loader, too.
+    """
     tag = build("tiny:elsewhere", folder=tiny_folder, engine_args=TINY_ARGS)["tag"]
     state = tmp_path / "state"
     state.mkdir()
@@ -167,7 +172,7 @@ def recorded_elsewhere(build: Callable[..., Any], tiny_folder: Path, tmp_path: P
     name = f"{CONTAINER_PREFIX}warm-{uuid.uuid4().hex[:8]}"
     command = ["docker", "run", "--rm", "--name", name, "--network", "none", "-v", f"{state}:/out"]
     done = subprocess.run(
-        [*command, tag, "warm", "--output", "/out"],
+        [*command, tag, "warm", "--output", "/out", "--loaders"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -176,6 +181,7 @@ def recorded_elsewhere(build: Callable[..., Any], tiny_folder: Path, tmp_path: P
     )
     print(done.stdout[-3000:])
     assert done.returncode == 0
+    assert "the rest was in memory still" not in done.stdout  # else no start was a cold one
     return str(tag), state
 
 
@@ -184,7 +190,11 @@ def test_a_start_recorded_by_docker_run_is_added_and_used(
 ) -> None:
     """As documented for nodes that the build host is not one of."""
     tag, state = recorded_elsewhere
-    assert len(list(state.glob("recordings/*/recording.json"))) == 1
+    (path,) = state.glob("recordings/*/recording.json")
+    recorded = json.loads(path.read_bytes())
+    seconds, loader = recorded["report"]["loaders"], recorded["report"]["loader"]
+    assert {name: len(starts) for name, starts in seconds.items()} == dict.fromkeys(LOADERS, 3)
+    assert tuple(recorded["mode"]["engine_args"]) == ("--enforce-eager", *LOADERS[loader])
     done = coldstart("prewarm", tag, "--from", str(state))
     assert done.code == 0, done.err
     assert engine.require_image(tag).labels["dev.coldstart.prewarmed"] == "yes"
