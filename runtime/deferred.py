@@ -55,8 +55,10 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "transformers.models.auto.image_processing_auto": ("get_image_processor_config",),
     "opentelemetry.exporter.otlp.proto.grpc.trace_exporter": ("OTLPSpanExporter",),
     "opentelemetry.exporter.otlp.proto.http.trace_exporter": ("OTLPSpanExporter",),
+    "compressed_tensors.logger": ("LoggerConfig", "configure_logger", "logger"),
     "compressed_tensors.offload.load": ("load_offloaded_model",),
     "cv2": (),
+    "loguru": ("logger",),
     "vllm.transformers_utils.processor": (
         "cached_get_processor",
         "cached_processor_from_config",
@@ -72,6 +74,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
         "merge_media_io_kwargs",
     ),
     "vllm.entrypoints.mcp.tool": ("HarmonyBrowserTool", "HarmonyPythonTool", "Tool"),
+    "vllm.model_executor.layers.quantization.modelopt": ("ModelOptQuantConfigBase",),
     "vllm.model_executor.layers.quantization.online.base": ("OnlineQuantizationConfig",),
     "vllm.model_executor.warmup.kernel_warmup": ("kernel_warmup",),
     "vllm.models.deepseek_v4": (),
@@ -354,8 +357,9 @@ class Deferred(MetaPathFinder):
 
 
 def _is_as_listed(source: str, names: Iterable[str]) -> bool:
-    """Whether a module defines these names itself, and does not put something else in its own place."""
-    defined = all(re.search(rf"^(class |def )?{name}\b", source, re.MULTILINE) for name in names)
+    """Whether a module's code has these names, and does not put something else in the module's place."""
+    had = r"^(class |def |from \S+ import (.*\W)?)?"
+    defined = all(re.search(rf"{had}{name}\b", source, re.MULTILINE) for name in names)
     return defined and "sys.modules[__name__]" not in source
 
 

@@ -161,10 +161,10 @@ def test_patch_of_a_deferred_package_comes_later(put: Put, monkeypatch: pytest.M
 
 
 def test_while_recording_the_source_must_be_as_listed(put: Put) -> None:
-    put("good.py", "def f(): pass\nlimit = 3\n")
+    put("good.py", "from os import path, sep\ndef f(): pass\nlimit = 3\n")
     put("renamed.py", "def g(): pass\n")
     put("own.py", "import sys\nsys.modules[__name__] = 3\n")
-    told = _defer({"good": ("f", "limit"), "renamed": ("f",), "own": ()}, check=True)
+    told = _defer({"good": ("f", "limit", "path", "sep"), "renamed": ("f",), "own": ()}, check=True)
     for name in ("good", "renamed", "own"):
         importlib.import_module(name)
     assert told == ["renamed", "own"]
