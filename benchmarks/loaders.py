@@ -131,6 +131,7 @@ _FUSED = {"q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj"} | {
     "up_proj": "gate_up_proj",
 }
 _BY_COLUMN = ("o_proj", "down_proj")
+_SCALES = ("_q_scale", "_k_scale", "_v_scale", "_prob_scale")
 
 
 def _on_rank(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, tuple[int, ...]]:
@@ -138,6 +139,8 @@ def _on_rank(shapes: Mapping[str, tuple[int, ...]], ranks: int) -> dict[str, tup
     mine: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes.items():
         module = name.split(".")[-2]
+        if module == "q_proj":
+            mine |= dict.fromkeys((name.replace("q_proj.weight", f"attn.{scale}") for scale in _SCALES), ())
         fused = name.replace(f".{module}.", f".{_FUSED.get(module, module)}.")
         if len(shape) == 1:
             mine[fused] = shape
@@ -194,12 +197,16 @@ def disk_rate(paths: list[Path]) -> float:
     return total / (time.monotonic() - start)
 
 
-def measure(folder: Path, tag: str, arguments: tuple[str, ...]) -> dict[str, Any]:
+def measure(folder: Path, tag: str, arguments: tuple[str, ...], ranks: int) -> dict[str, Any]:
     """One cold start: seconds of weight_load and until ready, or why there were none."""
     page_cache.bring([folder], "cold")
     name = f"coldstart-loaders-{os.getpid()}"
     # Ranks exchange tensors through /dev/shm.
     command = ["docker", "run", "--detach", "--name", name, "--network", "none", "--shm-size", "1g"]
+    if ranks > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        shares = (",".join(map(str, cores[rank::ranks])) for rank in range(ranks))
+        command += ["--env", f"VLLM_CPU_OMP_THREADS_BIND={'|'.join(shares)}"]
     volume = f"{folder}:/models/{folder.name}:ro"
     subprocess.run([*command, "--volume", volume, tag, *arguments], check=True, stdout=subprocess.DEVNULL)
     try:
@@ -279,7 +286,7 @@ def main() -> None:
             print(f"run {run}: disk {rate / 1e6:.0f} MB/s", flush=True)
             for loader, folder in folders.items():
                 arguments = LOADERS[loader]
-                measured = measure(folder, _tag(folder), arguments)
+                measured = measure(folder, _tag(folder), arguments, given.ranks)
                 if "seconds" in measured:
                     measured["bytes_per_second"] = result["bytes"] / measured["seconds"]
                 result["runs"].append({"loader": loader, "arguments": arguments, **measured})
