@@ -6,11 +6,14 @@ process, and none changes an answer. A release that lacks the function starts wi
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import hashlib
 import importlib
 import importlib.machinery
 import marshal
 import mmap
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,9 +26,11 @@ from typing import Any, NoReturn
 
 CPU_4_BIT_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu"
 STRUCTURES = "transformers-imports.marshal"
+GENERATED = "generated-code.marshal"
 # Smaller tensors come from the allocator's own pages.
 _LAZY_BYTES = 64 << 20
 _WARM_UP_TOKENS = 16
+_DIGEST_BYTES = 16
 
 Structures = dict[tuple[str | None, ...], Any]
 
@@ -348,6 +353,34 @@ def name_operators_quickly() -> AfterImport:
     return AfterImport(functions)
 
 
+class GeneratedCode:
+    """What `dataclasses` writes and compiles for each class, a tenth of what vLLM's imports take, remembered.
+
+    known: digest of the source -> its code, marshalled, so that no two functions share one.
+    found: called with what is new.
+    """
+
+    def __init__(
+        self,
+        known: Mapping[bytes, memoryview],
+        found: Callable[[bytes, bytes], None] = lambda _digest, _code: None,
+    ) -> None:
+        self._known, self._found = known, found
+
+    def install(self) -> None:
+        """The module calls `exec` with source and namespaces, and its own names come before Python's."""
+        vars(dataclasses)["exec"] = self._execute
+
+    def _execute(self, source: str, *namespaces: Any) -> None:
+        digest = hashlib.blake2b(source.encode(), digest_size=_DIGEST_BYTES).digest()
+        if (known := self._known.get(digest)) is None:
+            code = compile(source, "<string>", "exec", dont_inherit=True)
+            self._found(digest, marshal.dumps(code))
+        else:
+            code = marshal.loads(known)  # noqa: S302 - root's, in the image
+        exec(code, *namespaces)  # noqa: S102 - what dataclasses would have compiled
+
+
 class ImportStructures(AfterImport):
     """What transformers finds by reading the text of all its 2,600 model files, remembered.
 
@@ -431,3 +464,40 @@ def read_structures(path: Path) -> Structures:
 
 def write_structures(path: Path, structures: Structures) -> None:
     path.write_bytes(marshal.dumps((installation(), structures)))
+
+
+def read_generated(path: Path) -> dict[bytes, memoryview]:
+    """What `generated_writer` wrote; empty where that was of another installation."""
+    try:
+        data = memoryview(path.read_bytes())
+    except OSError:
+        return {}
+    header = _generated_header()
+    if data[: len(header)] != header:
+        return {}
+    known, end = {}, len(header)
+    while (start := end + _DIGEST_BYTES + 4) <= len(data):
+        size = int.from_bytes(data[start - 4 : start], "little")
+        if start + size > len(data):  # its writer was killed
+            break
+        known[bytes(data[end : start - 4])] = data[start : start + size]
+        end = start + size
+    return known
+
+
+def generated_writer(path: Path) -> Callable[[bytes, bytes], None]:
+    """For GeneratedCode: adds to a file. For this process and those forked from it."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+    os.write(log, _generated_header())
+    written: set[bytes] = set()
+
+    def found(digest: bytes, code: bytes) -> None:
+        if digest not in written:
+            written.add(digest)
+            os.write(log, digest + len(code).to_bytes(4, "little") + code)
+
+    return found
+
+
+def _generated_header() -> bytes:
+    return hashlib.sha256(repr(installation()).encode()).digest()

@@ -27,6 +27,10 @@ class Switch(enum.Enum):
         "operator-sources",
         "Where an operator of torch is registered is taken from the frame, not looked up in every module.",
     )
+    GENERATED_CODE = (
+        "generated-code",
+        "The methods that Python generates for data classes are remembered compiled.",
+    )
     LATE_VALIDATORS = (
         "late-validators",
         "Pydantic makes what validates a kind of request when the first of that kind comes.",

@@ -100,6 +100,14 @@ def _import_model(folder: Path) -> None:
             quantization.get_quantization_config(method)
 
 
+def _remember_generated(recording: Path | None) -> None:
+    if recording:
+        code = shortcuts.GeneratedCode({}, shortcuts.generated_writer(recording / shortcuts.GENERATED))
+    else:
+        code = shortcuts.GeneratedCode(shortcuts.read_generated(state.folder() / shortcuts.GENERATED))
+    code.install()
+
+
 def _methods() -> quantization_methods.Methods:
     known = quantization_methods.read(state.folder() / quantization_methods.FILE)
     if not (path := os.environ.get(quantization_methods.VARIABLE)):
@@ -147,6 +155,8 @@ def _load() -> None:
     if Switch.IMPORT_STRUCTURES.on:
         structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
         sys.meta_path.insert(0, structures)
+    if Switch.GENERATED_CODE.on:
+        _remember_generated(Path(recording) if recording else None)
     if Switch.LATE_VALIDATORS.on:
         sys.meta_path.insert(0, shortcuts.validate_later())
     if Switch.OPERATOR_SOURCES.on:

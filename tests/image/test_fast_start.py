@@ -64,6 +64,20 @@ def test_a_recorded_start_helps_the_next(
     assert found["resident"] < 2 << 30  # the KV cache alone is 2 GiB, and nobody has used it
 
 
+def test_a_recorded_start_of_a_quantized_model_imports_its_own_method_alone(
+    build: Callable[..., Any], start: Callable[..., Container]
+) -> None:
+    image = build("smollm2:awq-recorded", "--quantize", "awq", "--prewarm", "--optimize", "startup")["tag"]
+    container = start(image)
+    wait_ready(container)
+    assert "lacks" not in container.logs()
+    found = _json(container, ["python3", "-c", _LOOK])
+    methods = {path.split("/quantization/")[1] for path in found["listed"] if "/layers/quantization/" in path}
+    assert any(name.startswith("compressed_tensors/") for name in methods)
+    assert not any(name.startswith(("quark/", "inc/", "__pycache__/humming")) for name in methods), methods
+    assert "Paris" in ask(container)["chat"]
+
+
 _TREE = """
 import json, os
 from pathlib import Path

@@ -194,3 +194,63 @@ def test_who_asks_for_a_processor_gets_no_tokenizer(put: Put) -> None:
     with shortcuts.tokenizer_is_no_processor(), pytest.raises(ValueError, match="no processor"):
         module.AutoTokenizer.from_pretrained("a model", trust_remote_code=False)
     assert module.AutoTokenizer is own
+
+
+_GENERATE = """
+import dataclasses, json, sys
+from pathlib import Path
+from runtime import shortcuts
+path, new = Path(sys.argv[1]), []
+known = shortcuts.read_generated(path) if sys.argv[2] == "use" else {}
+write = shortcuts.generated_writer(path) if sys.argv[2] == "record" else lambda digest, code: None
+
+def found(digest, code):
+    new.append(digest)
+    write(digest, code)
+
+shortcuts.GeneratedCode(known, found).install()
+
+@dataclasses.dataclass(order=True)
+class One:
+    a: int
+    b: list = dataclasses.field(default_factory=list)
+
+@dataclasses.dataclass(order=True)
+class Two:
+    a: int
+    b: list = dataclasses.field(default_factory=list)
+
+assert One(1) == One(1) < One(2, [3]) and One(1) != Two(1)
+assert repr(One(1)).endswith("One(a=1, b=[])") and One.__init__.__annotations__["a"] is int
+assert One.__eq__.__code__ is not Two.__eq__.__code__
+print(len(new))
+"""
+
+
+def test_generated_code_is_compiled_once_for_an_installation(tmp_path: Path) -> None:
+    _installation(tmp_path)
+
+    def compiled(how: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", _GENERATE, str(tmp_path / shortcuts.GENERATED), how],
+            env={"PYTHONPATH": f"{tmp_path}:{Path(shortcuts.__file__).parent.parent}"},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout)
+
+    alone = compiled("nothing")
+    assert alone > 5
+    assert compiled("record") == alone
+    assert compiled("use") == 0
+    assert compiled("record") == alone  # from anew
+    file = tmp_path / shortcuts.GENERATED
+    file.write_bytes(file.read_bytes()[:-10])  # its writer was killed
+    assert 0 < compiled("use") < alone
+    (tmp_path / "one-1.0.dist-info").rename(tmp_path / "one-1.1.dist-info")  # another installation
+    assert compiled("use") == alone
+    file.write_bytes(b"damaged")
+    assert compiled("use") == alone
+    file.unlink()
+    assert compiled("use") == alone
