@@ -102,7 +102,7 @@ def test_changed_engine_argument_sends_no_weight(
 def test_weights_are_in_the_image_once(plain: Any, base: str, engine: DockerEngine) -> None:
     added = engine.require_image(plain["tag"]).size - engine.require_image(base).size
     weights = sum(file["size"] for file in plain["manifest"]["model"]["files"])
-    assert weights <= added < weights + (2 << 20)
+    assert weights <= added < weights + (8 << 20)  # the runtime and what was recorded
 
 
 def test_split_weights_answer_as_the_whole(
