@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,8 @@ class Methods(AfterImport):
         """The class of a method, as vLLM's get_quantization_config has it: ValueError where there is none."""
         if name not in self._customized and (where := self._known.get(name)):
             module, _, attribute = where.partition(":")
-            return getattr(importlib.import_module(module), attribute)
+            with suppress(ImportError, AttributeError, TypeError, ValueError):  # else vLLM says what is wrong
+                return getattr(importlib.import_module(module), attribute)
         method = self._import(name)
         self._remember(name, f"{method.__module__}:{method.__qualname__}")
         return method

@@ -356,14 +356,14 @@ def name_operators_quickly() -> AfterImport:
 class GeneratedCode:
     """What `dataclasses` writes and compiles for each class, a tenth of what vLLM's imports take, remembered.
 
-    known: digest of the source -> its code, marshalled, so that no two functions share one.
-    found: called with what is new.
+    known: digest of the source -> digest of its code and the code, marshalled, so that no two functions share
+    one. found: called with what is new.
     """
 
     def __init__(
         self,
         known: Mapping[bytes, memoryview],
-        found: Callable[[bytes, bytes], None] = lambda _digest, _code: None,
+        found: Callable[[bytes, bytes], None] = lambda _source, _code: None,
     ) -> None:
         self._known, self._found = known, found
 
@@ -372,12 +372,13 @@ class GeneratedCode:
         vars(dataclasses)["exec"] = self._execute
 
     def _execute(self, source: str, *namespaces: Any) -> None:
-        digest = hashlib.blake2b(source.encode(), digest_size=_DIGEST_BYTES).digest()
-        if (known := self._known.get(digest)) is None:
-            code = compile(source, "<string>", "exec", dont_inherit=True)
-            self._found(digest, marshal.dumps(code))
+        known = self._known.get(key := _digest(source.encode()))
+        # Damaged code could do anything.
+        if known is not None and _digest(known[_DIGEST_BYTES:]) == known[:_DIGEST_BYTES]:
+            code = marshal.loads(known[_DIGEST_BYTES:])  # noqa: S302
         else:
-            code = marshal.loads(known)  # noqa: S302 - root's, in the image
+            code = compile(source, "<string>", "exec", dont_inherit=True)
+            self._found(key, marshal.dumps(code))
         exec(code, *namespaces)  # noqa: S102 - what dataclasses would have compiled
 
 
@@ -454,16 +455,19 @@ def installation() -> tuple[str, ...]:
 
 
 def read_structures(path: Path) -> Structures:
-    """Empty where there are none, or those of another installation."""
+    """Empty where there are none, or damaged ones, or those of another installation."""
     try:
-        written_by, structures = marshal.loads(path.read_bytes())  # noqa: S302 - root's, in the image
-    except (OSError, ValueError, EOFError, TypeError):
+        data = path.read_bytes()
+    except OSError:
         return {}
-    return dict(structures) if written_by == installation() else {}
+    header = _of_installation()
+    data, digest = data[len(header) + _DIGEST_BYTES :], data[: len(header) + _DIGEST_BYTES]
+    return dict(marshal.loads(data)) if digest == header + _digest(data) else {}  # noqa: S302
 
 
 def write_structures(path: Path, structures: Structures) -> None:
-    path.write_bytes(marshal.dumps((installation(), structures)))
+    data = marshal.dumps(structures)
+    path.write_bytes(_of_installation() + _digest(data) + data)
 
 
 def read_generated(path: Path) -> dict[bytes, memoryview]:
@@ -472,7 +476,7 @@ def read_generated(path: Path) -> dict[bytes, memoryview]:
         data = memoryview(path.read_bytes())
     except OSError:
         return {}
-    header = _generated_header()
+    header = _of_installation()
     if data[: len(header)] != header:
         return {}
     known, end = {}, len(header)
@@ -488,16 +492,21 @@ def read_generated(path: Path) -> dict[bytes, memoryview]:
 def generated_writer(path: Path) -> Callable[[bytes, bytes], None]:
     """For GeneratedCode: adds to a file. For this process and those forked from it."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    os.write(log, _generated_header())
+    os.write(log, _of_installation())
     written: set[bytes] = set()
 
-    def found(digest: bytes, code: bytes) -> None:
-        if digest not in written:
-            written.add(digest)
-            os.write(log, digest + len(code).to_bytes(4, "little") + code)
+    def found(source: bytes, code: bytes) -> None:
+        if source not in written:
+            written.add(source)
+            entry = _digest(code) + code
+            os.write(log, source + len(entry).to_bytes(4, "little") + entry)
 
     return found
 
 
-def _generated_header() -> bytes:
-    return hashlib.sha256(repr(installation()).encode()).digest()
+def _digest(data: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
+def _of_installation() -> bytes:
+    return _digest(repr(installation()).encode())

@@ -177,6 +177,14 @@ def test_a_damaged_file_counts_as_none(text: str | None, vllm: Path) -> None:
     assert start(vllm, VERIFY)[2] == ["one", None]
 
 
+def test_a_class_that_is_not_there_is_asked_of_vllm(vllm: Path) -> None:
+    start(vllm, VERIFY)
+    path = vllm / quantization_methods.FILE
+    for right, wrong in ((".one:", ".eno:"), (":oneConfig", ":oneFongic"), ('"vllm.model', '".vllm.model')):
+        path.write_text(path.read_text().replace(right, wrong))
+        assert start(vllm, "result = package.get_quantization_config('one').get_name()")[2] == "one"
+
+
 def test_a_vllm_without_these_functions_is_named(vllm: Path) -> None:
     (vllm / "vllm/config/model.py").write_text("")
     (vllm / "vllm/model_executor/layers/quantization/__init__.py").write_text("")

@@ -89,8 +89,10 @@ def test_import_structures_are_found_once_for_an_installation(tmp_path: Path) ->
     assert calls() == 3
     (tmp_path / "one-1.0.dist-info").rename(tmp_path / "one-1.1.dist-info")
     assert calls() == 3
-    (tmp_path / shortcuts.STRUCTURES).write_bytes(b"damaged")
-    assert calls() == 3
+    file = tmp_path / shortcuts.STRUCTURES
+    for damaged in (b"damaged", file.read_bytes()[:-1], file.read_bytes()[:-1] + b"\0"):
+        file.write_bytes(damaged)
+        assert calls() == 3
 
 
 def test_operators_are_named_after_the_frame_that_registers_them(put: Put) -> None:
@@ -248,6 +250,12 @@ def test_generated_code_is_compiled_once_for_an_installation(tmp_path: Path) -> 
     file = tmp_path / shortcuts.GENERATED
     file.write_bytes(file.read_bytes()[:-10])  # its writer was killed
     assert 0 < compiled("use") < alone
+    compiled("record")
+    whole = file.read_bytes()
+    for place in range(0, len(whole), len(whole) // 12):  # damaged code is compiled anew, not run
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        assert 0 < compiled("use") <= alone
+    file.write_bytes(whole)
     (tmp_path / "one-1.0.dist-info").rename(tmp_path / "one-1.1.dist-info")  # another installation
     assert compiled("use") == alone
     file.write_bytes(b"damaged")
