@@ -392,6 +392,8 @@ def _libraries(pid: int) -> set[str]:
 def _forget(path: Path) -> None:
     """Have the kernel drop what it keeps of a file in memory, which it does unless somebody has it mapped."""
     with path.open("rb") as file:
+        with suppress(OSError):  # what was just unpacked may not be on the disk yet, and then it stays
+            os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
