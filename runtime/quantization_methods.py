@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from runtime.shortcuts import AfterImport, installation
+from runtime.shortcuts import AfterImport, of_installation
 
 FILE = "quantization-methods.jsonl"
 # Set by `warm`, to a file of what its starts found.
@@ -138,7 +138,7 @@ def read(path: Path) -> dict[str, str]:
     """Empty where nothing was written, or that by another installation."""
     try:
         first, *lines = path.read_text().splitlines()
-        if first != _first_line():
+        if first != of_installation().hex():
             return {}
         return dict(json.loads(line) for line in lines)
     except (OSError, ValueError, TypeError):
@@ -149,13 +149,9 @@ def writer(path: Path) -> Callable[[str, str], None]:
     """A function that adds an entry to a file, which `read` then reads. For this process and its forks."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     if os.fstat(log).st_size == 0:
-        os.write(log, f"{_first_line()}\n".encode())
+        os.write(log, f"{of_installation().hex()}\n".encode())
 
     def found(key: str, value: str) -> None:
         os.write(log, f"{json.dumps([key, value])}\n".encode())
 
     return found
-
-
-def _first_line() -> str:
-    return hashlib.sha256(repr(installation()).encode()).hexdigest()

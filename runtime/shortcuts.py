@@ -438,7 +438,7 @@ class ImportStructures(AfterImport):
 
 
 @functools.cache
-def installation() -> tuple[str, ...]:
+def _installation() -> tuple[str, ...]:
     """What must be the same for remembered structures to hold: Python, distributions, transformers' files."""
     spec = importlib.machinery.PathFinder.find_spec("transformers")
     if spec is None or spec.origin is None:
@@ -460,14 +460,14 @@ def read_structures(path: Path) -> Structures:
         data = path.read_bytes()
     except OSError:
         return {}
-    header = _of_installation()
+    header = of_installation()
     data, digest = data[len(header) + _DIGEST_BYTES :], data[: len(header) + _DIGEST_BYTES]
     return dict(marshal.loads(data)) if digest == header + _digest(data) else {}  # noqa: S302
 
 
 def write_structures(path: Path, structures: Structures) -> None:
     data = marshal.dumps(structures)
-    path.write_bytes(_of_installation() + _digest(data) + data)
+    path.write_bytes(of_installation() + _digest(data) + data)
 
 
 def read_generated(path: Path) -> dict[bytes, memoryview]:
@@ -476,7 +476,7 @@ def read_generated(path: Path) -> dict[bytes, memoryview]:
         data = memoryview(path.read_bytes())
     except OSError:
         return {}
-    header = _of_installation()
+    header = of_installation()
     if data[: len(header)] != header:
         return {}
     known, end = {}, len(header)
@@ -492,7 +492,7 @@ def read_generated(path: Path) -> dict[bytes, memoryview]:
 def generated_writer(path: Path) -> Callable[[bytes, bytes], None]:
     """For GeneratedCode: adds to a file. For this process and those forked from it."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-    os.write(log, _of_installation())
+    os.write(log, of_installation())
     written: set[bytes] = set()
 
     def found(source: bytes, code: bytes) -> None:
@@ -508,5 +508,6 @@ def _digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
 
 
-def _of_installation() -> bytes:
-    return _digest(repr(installation()).encode())
+def of_installation() -> bytes:
+    """A digest of what must be the same for anything remembered to hold: 16 bytes."""
+    return _digest(repr(_installation()).encode())
