@@ -86,6 +86,14 @@ def require_memory(lock: ModelLock, recipe: Recipe) -> None:
         )
 
 
+def has_memory_to_widen(lock: ModelLock, recipe: Recipe) -> bool:
+    """Whether 16-bit weights, and what is computed of them, could be float32 while they are quantized."""
+    available = available_memory()
+    if lock.parameters is None or available is None:
+        return False
+    return 2 * predict(lock.parameters, recipe).memory_bytes <= available
+
+
 def available_memory(root: Path = Path("/")) -> int | None:
     """Bytes that a new process may use: the kernel's estimate, or less where a container is limited.
 

@@ -29,7 +29,7 @@ from builder.errors import BuildError, HostError, ModelError
 from builder.files import exclusive, finished_folder, require_space
 from builder.methods import METHODS
 from builder.models import SHARD_INDEX, ModelLock, ModelSnapshot
-from builder.quantization_cost import require_memory
+from builder.quantization_cost import has_memory_to_widen, require_memory
 from builder.recipe import HELD_OUT_BLOCKS, Recipe
 from builder.report import Reporter
 from builder.shards import tensors_of, write_shards
@@ -271,6 +271,7 @@ def _run_job(
         "vision": _vision(snapshot),
         "max_shard_bytes": SHARD_BYTES,
         "held_out_blocks": HELD_OUT_BLOCKS,
+        "may_widen": has_memory_to_widen(snapshot.lock, recipe),
         "calibration": calibration.documents if calibration else None,
         "calibration_parquet": str(calibration.parquet) if calibration and calibration.parquet else None,
     }

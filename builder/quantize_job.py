@@ -5,11 +5,11 @@
 Runs on the quantizer's Python. The job file names `model` and `output` (folders), `measurements` (a file to
 write), `modifiers` (llm-compressor's, by name and arguments), `recipe` (the fields of Recipe), `vision` (the
 modules that a vision-language model sees with, which are not in the output; none of a text model),
-`max_shard_bytes` (of the output's shards), `held_out_blocks` (how many to measure on) and, where the user
-gave one, `calibration` (texts and chats) or `calibration_parquet` (a file of them). CUDA is used where there
-is a GPU. Progress goes to stdout as JSON lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and
-everything that a library prints goes to stderr. Exit code 0 means that `output` and `measurements` are
-complete.
+`max_shard_bytes` (of the output's shards), `held_out_blocks` (how many to measure on), `may_widen` (whether
+there is memory to compute in float32) and, where the user gave one, `calibration` (texts and chats) or
+`calibration_parquet` (a file of them). CUDA is used where there is a GPU. Progress goes to stdout as JSON
+lines like {"progress": 0.5, "detail": "layer 3 of 30"}, and everything that a library prints goes to stderr.
+Exit code 0 means that `output` and `measurements` are complete.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib
+import itertools
 import json
 import math
 import os
@@ -104,6 +105,35 @@ def _generation_device(model: Any) -> str:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free, _ = torch.cuda.mem_get_info()
     return "cuda" if weights * 1.3 < free else "cpu"
+
+
+def _widen(model: Any) -> set[str]:
+    """Has a CPU that computes the model's 16-bit floats in software compute in float32, several times faster.
+
+    Returns the names of the tensors that were narrower; empty where nothing was changed.
+    """
+    import torch
+
+    in_hardware = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    supported = getattr(torch.ops.mkldnn, in_hardware.get(model.dtype, ""), None)
+    if torch.cuda.is_available() or supported is None or supported():
+        return set()
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    narrow = {name for name, tensor in tensors if tensor.dtype is model.dtype}
+    model.float()
+    return narrow
+
+
+def _narrow(model: Any, dtype: Any, narrow: set[str], before: set[str]) -> None:
+    """Gives tensors their `dtype` again: those named in `narrow`, and floats that were not there `before`."""
+    import torch
+
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if tensor.dtype is torch.float32 and (name in narrow or name not in before):
+            tensor.data = tensor.data.to(dtype)
 
 
 def _prompts(tokenizer: Any, prompts: Sequence[str], first: int, count: int) -> Any:
@@ -316,6 +346,28 @@ def _modifiers(described: list[dict[str, Any]]) -> list[Any]:
     return made
 
 
+def _report_layers(modifiers: Sequence[Any], layers: int, report: Report) -> None:
+    """Has each modifier, which go through all layers one after the other, say when it is done with one."""
+    kinds = [type(modifier) for modifier in modifiers]
+
+    def reporting(layer_ends: Callable[..., None], before: int) -> Callable[..., None]:
+        finished = 0
+
+        def end_and_report(*args: Any, **kwargs: Any) -> None:
+            nonlocal finished
+            layer_ends(*args, **kwargs)
+            finished = min(finished + 1, layers)  # what comes after the last layer may count as one
+            which = f", pass {before + 1} of {len(kinds)}" if len(kinds) > 1 else ""
+            done = before + finished / layers
+            report(done / len(kinds), f"layer {finished} of {layers}{which}")
+
+        return end_and_report
+
+    own = [kind.on_sequential_epoch_end for kind in kinds]  # one may derive from another
+    for before, kind in enumerate(kinds):
+        kind.on_sequential_epoch_end = reporting(own[before], before)
+
+
 def apply_recipe(
     model: Any, tokenizer: Any, blocks: list[list[int]], described: list[dict[str, Any]], report: Report
 ) -> None:
@@ -330,18 +382,8 @@ def apply_recipe(
         IntermediatesCache.pin_memory = lambda *_: None
 
     modifiers = _modifiers(described)
-    quantizer = type(modifiers[-1])
     layers = model.config.get_text_config().num_hidden_layers
-    finished = 0
-    layer_ends = quantizer.on_sequential_epoch_end
-
-    def end_and_report(*args: Any, **kwargs: Any) -> None:
-        nonlocal finished
-        layer_ends(*args, **kwargs)
-        finished += 1
-        report(min(1.0, finished / layers), f"layer {min(finished, layers)} of {layers}")
-
-    quantizer.on_sequential_epoch_end = end_and_report
+    _report_layers(modifiers, layers, report)
     data: dict[str, Any] = {}
     if blocks:
         rows = [{"input_ids": torch.tensor(block)} for block in blocks]
@@ -415,6 +457,8 @@ def main(job_file: str) -> None:
 
     model, tokenizer = _load(job["model"], job["vision"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    dtype, narrow = model.dtype, _widen(model) if job["may_widen"] else set()
+    names = {name for name, _ in itertools.chain(model.named_parameters(), model.named_buffers())}
     model.to(_generation_device(model))
 
     def generate(prompts: Sequence[str], count: int, seed: int, report: Report) -> list[list[int]]:
@@ -444,6 +488,9 @@ def main(job_file: str) -> None:
     apply_recipe(model, tokenizer, blocks, job["modifiers"], part(0.32, 0.9))
 
     report(0.9, "measuring what was lost")
+    if narrow:  # measured is what will be written
+        _narrow(model, dtype, narrow, names)
+        model.float()
     if torch.cuda.is_available():
         from compressed_tensors.offload import dispatch_model
 
@@ -451,6 +498,8 @@ def main(job_file: str) -> None:
     quality = compare(model, before, final_states(model, held_out), held_out)
 
     report(0.97, "writing the weights")
+    if narrow:
+        _narrow(model, dtype, narrow, names)
     model.generation_config = GenerationConfig()  # transformers refuses to save one that contradicts itself
     model.save_pretrained(output, save_compressed=True, max_shard_size=job["max_shard_bytes"])
     _keep_patterns(output / "config.json", recipe["ignore"])

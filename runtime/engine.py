@@ -160,11 +160,11 @@ async def _serve(
             )
             server = _server(args, guard, requests, channel)
             app.state.server = server
+            if Switch.GC_PAUSE.on:
+                gc.freeze()  # vLLM collects garbage there, three times, and freezes what is left
+                gc.enable()
             # Before the hand-over, so that the port is never without somebody who accepts for long.
             await stack.enter_async_context(app.router.lifespan_context(app))
-        if Switch.GC_PAUSE.on:
-            gc.freeze()
-            gc.enable()
         sys.setswitchinterval(interval)
         channel.send(("ready",))
         lifecycle.events = list((await _receive(channel))[1])

@@ -218,6 +218,7 @@ class Supervisor:
                 return None
             _log(f"forking is not safe, {self._no_fork}; every process imports vLLM by itself, which is slow")
             switches.turn_off(Switch.TEMPLATE)
+            switches.turn_off(Switch.DEFERRED_IMPORTS)  # which the template goes without when they fail
             self._channel.close()
             return await self._start_process(listener)
         finally:

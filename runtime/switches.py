@@ -43,6 +43,10 @@ class Switch(enum.Enum):
         "deferred-imports",
         "Modules that the recorded start did not use are imported when something first needs them.",
     )
+    CORE_IMPORTS_LATER = (
+        "core-imports-later",
+        "What only the engine core needs is imported while the API process already starts. Needs template.",
+    )
     INSPECT_IN_FORK = (
         "inspect-in-fork",
         "vLLM looks at the model's class in a fork, not in a new interpreter. Needs template.",
@@ -50,6 +54,10 @@ class Switch(enum.Enum):
     CORE_BESIDE_TOKENIZER = (
         "core-beside-tokenizer",
         "The engine core starts, and routes are imported, while tokenizers are made.",
+    )
+    TOKENIZER_COPIES = (
+        "tokenizer-copies",
+        "Copies of a tokenizer share its vocabulary; otherwise each is written out and parsed again.",
     )
     RECORDING = ("recording", "The mode and the compiled code that were recorded for this machine are used.")
     SHORT_WARMUP = (

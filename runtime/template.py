@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import sys
 import traceback
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
+from typing import Any
 
 from runtime import (
     deferred,
@@ -33,16 +35,24 @@ from runtime.phases import Phase
 from runtime.settings import read_manifest
 from runtime.switches import Switch
 
-# What a served model needs in the API process, the engine core and the worker. What only the HTTP app needs,
-# and the parser of its arguments, is imported in the API process, while the engine core starts.
+# What a served model needs in every process. What only the HTTP app needs, and the parser of its arguments,
+# is imported in the API process, while the engine core starts.
 _MODULES = (
     "vllm.v1.engine.async_llm",
-    "vllm.v1.engine.core",
     "vllm.v1.engine.utils",
-    "vllm.v1.worker.gpu_worker",
     "vllm.engine.arg_utils",
+    "runtime.engine",
 )
-_CPU_MODULES = ("vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+# What only the engine core and the workers need: imported here too, but once the API process is forked.
+_CORE_MODULES: Mapping[str, tuple[str, ...]] = {
+    "cuda": ("vllm.v1.engine.core", "vllm.v1.core.sched.scheduler", "vllm.v1.worker.gpu_worker"),
+    "cpu": (
+        "vllm.v1.engine.core",
+        "vllm.v1.core.sched.scheduler",
+        "vllm.v1.worker.cpu_worker",
+        "vllm.v1.worker.cpu_model_runner",
+    ),
+}
 
 # vLLM sets these for the engine processes of CPUs, which import torch after that; torch reads them once. One
 # is in the name of what is compiled, so a process that is spawned would not find what a forked one made.
@@ -86,18 +96,29 @@ def _write_variables() -> None:
         Path(target).write_text(json.dumps(sorted(names)))
 
 
-def _import_model(folder: Path) -> None:
-    """The model's class, and what loads quantized weights: the API process and the engine core need both."""
-    import vllm.model_executor.layers.quantization as quantization
-    import vllm.model_executor.models.registry as registry
+def _config(folder: Path) -> Mapping[str, Any]:
+    """The model's; empty where it is downloaded later, or damaged, which is told when vLLM reads it."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((folder / "config.json").read_text()))
+    return {}
 
-    # What cannot be imported now, or is downloaded later, is imported where an error of it is reported.
+
+def _import_quantization(config: Mapping[str, Any]) -> None:
+    """What loads quantized weights. What cannot be imported now is imported where an error is reported."""
+    import vllm.model_executor.layers.quantization as quantization
+
     with contextlib.suppress(Exception):
-        config = json.loads((folder / "config.json").read_text())
-        for name in config["architectures"]:
-            importlib.import_module(registry.ModelRegistry.models[name].module_name)
         if method := config.get("quantization_config", {}).get("quant_method"):
             quantization.get_quantization_config(method)
+
+
+def _import_model(config: Mapping[str, Any]) -> None:
+    """The model's class, in the same way."""
+    import vllm.model_executor.models.registry as registry
+
+    with contextlib.suppress(Exception):
+        for name in config["architectures"]:
+            importlib.import_module(registry.ModelRegistry.models[name].module_name)
 
 
 def _remember_generated(recording: Path | None) -> None:
@@ -132,101 +153,136 @@ def _defer(recording: Path | None) -> None:
         sys.meta_path.insert(0, shortcuts.without_compiler())
 
 
-def _load() -> None:
-    # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
-    os.setpgid(0, 0)
-    # Where the kernel takes several at once, PID 1 has to be there to say so.
-    processes.go_before(os.getppid(), os.getpid())
-    manifest = read_manifest()
-    device = manifest.device
-    if device == "cpu":
-        os.environ.update(_CPU_ENVIRONMENT)
-    # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
-    # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
-    if Switch.GC_PAUSE.on:
-        gc.disable()
-    if logs.is_json():
-        logs.configure(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
-        os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # read once; vLLM hashes it for its compiled code
-    recording = os.environ.get(record.VARIABLE)
-    if recording:
-        record.start(Path(recording))
-    structures = shortcuts.ImportStructures({})
-    if Switch.IMPORT_STRUCTURES.on:
-        structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
-        sys.meta_path.insert(0, structures)
-    if Switch.GENERATED_CODE.on:
-        _remember_generated(Path(recording) if recording else None)
-    if Switch.LATE_VALIDATORS.on:
-        sys.meta_path.insert(0, shortcuts.validate_later())
-    if Switch.OPERATOR_SOURCES.on:
-        sys.meta_path.insert(0, shortcuts.name_operators_quickly())
-    methods = _methods()
-    if Switch.QUANTIZATION_METHODS.on:
-        sys.meta_path.insert(0, methods)
-    global imports_remembered
-    imports_remembered = bool(structures.known)
-    _defer(Path(recording) if recording else None)
-    # Making the process and Python's own start are part of it: from a cold page cache they are a tenth.
-    remembering = structures.in_place() if Switch.IMPORT_STRUCTURES.on else contextlib.nullcontext()
-    with trace.span(Phase.ENGINE_IMPORT, since=trace.launched()), remembering:
-        _fork_from_template()
-        if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
-            _inspect_in_fork()
-        for name in _MODULES + (_CPU_MODULES if device == "cpu" else ()):
-            importlib.import_module(name)
-        _import_model(Path(manifest.model_path))
-        importlib.import_module("runtime.engine")
-        # torch.distributed empties a cache of the compiler, and with it imports that, if it finds it there.
-        deferred.forget("torch._dynamo")
-    if logs.is_json():
-        del os.environ["VLLM_CONFIGURE_LOGGING"]
-    _write_variables()
-    if recording:
-        shortcuts.write_structures(Path(recording) / shortcuts.STRUCTURES, structures.known)
-    missing = trace.install(device) + methods.missing
-    if Switch.CORE_BESIDE_TOKENIZER.on and not shortcuts.make_structured_output_tokenizer_beside():
-        missing.append("vllm.v1.structured_output.cached_tokenizer_from_config")
-    if device == "cpu" and Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
-        missing.append("vllm.v1.worker.utils.allocate_kv_cache")
-    # Imported by now where the weights are quantized.
-    quantized = device == "cpu" and shortcuts.CPU_4_BIT_KERNEL in sys.modules
-    if quantized and Switch.BYTEWISE_REPACK.on and not shortcuts.repack_bytewise():
-        missing.append(f"{shortcuts.CPU_4_BIT_KERNEL}.CPUWNA16LinearKernel")
-    if device == "cpu" and os.environ.get("TORCH_COMPILE_DISABLE") == "0":
-        shortcuts.load_compiled_on_cpu()
-        if os.environ.get(state.USED_VARIABLE) and Switch.SHORT_WARMUP.on:
-            shortcuts.warm_up_shortly()
-    if Switch.GC_PAUSE.on:
-        gc.freeze()
-        gc.enable()
-    if missing:
-        print(
-            f"coldstart: this vLLM lacks {', '.join(missing)}; its start is slower or less visible",
-            flush=True,
-        )
+class _Imports:
+    """What is imported, in two steps, and what of vLLM is replaced after each."""
 
+    def __init__(self) -> None:
+        manifest = read_manifest()
+        self._device = manifest.device
+        self._config = _config(Path(manifest.model_path))
+        recording = os.environ.get(record.VARIABLE)
+        self._recording = Path(recording) if recording else None
+        self._structures = shortcuts.ImportStructures({})
+        self._methods = _methods()
+        self._missing: list[str] = []
 
-def _refuse_if_unsafe() -> None:
-    """End the template where forking it is not safe: PID 1 then has every process import vLLM itself."""
-    if reason := processes.why_not_fork():
-        trace.refuse_fork(reason)
-        os._exit(0)
+    def prepare(self) -> None:
+        """What makes imports faster. Sets `imports_remembered`."""
+        if self._recording:
+            record.start(self._recording)
+        if Switch.IMPORT_STRUCTURES.on:
+            self._structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
+            sys.meta_path.insert(0, self._structures)
+        if Switch.GENERATED_CODE.on:
+            _remember_generated(self._recording)
+        if Switch.LATE_VALIDATORS.on:
+            sys.meta_path.insert(0, shortcuts.validate_later())
+        if Switch.OPERATOR_SOURCES.on:
+            sys.meta_path.insert(0, shortcuts.name_operators_quickly())
+        if Switch.TOKENIZER_COPIES.on:
+            sys.meta_path.insert(0, shortcuts.copy_tokenizers_quickly())
+        if Switch.QUANTIZATION_METHODS.on:
+            sys.meta_path.insert(0, self._methods)
+        global imports_remembered
+        imports_remembered = bool(self._structures.known)
+        _defer(self._recording)
+
+    def for_all(self) -> None:
+        """What every process needs."""
+        # Making the process and Python's own start are part of it: from a cold page cache they are a tenth.
+        with self._importing(trace.launched()):
+            if self._device == "cpu":
+                os.environ.update(_CPU_ENVIRONMENT)
+            if logs.is_json():
+                logs.configure(os.environ.get("VLLM_LOGGING_LEVEL", "INFO"))
+                os.environ["VLLM_CONFIGURE_LOGGING"] = "0"  # read once; vLLM hashes it for its compiled code
+            _fork_from_template()
+            if Switch.TEMPLATE.on and Switch.INSPECT_IN_FORK.on:
+                _inspect_in_fork()
+            for name in _MODULES:
+                importlib.import_module(name)
+            _import_quantization(self._config)
+            if logs.is_json():
+                del os.environ["VLLM_CONFIGURE_LOGGING"]
+            self._missing += [*self._methods.missing, *trace.install_in_api()]
+
+    def for_core(self) -> None:
+        """What the engine core and its workers need besides. Says what this vLLM lacks."""
+        with self._importing():
+            for name in _CORE_MODULES[self._device]:
+                importlib.import_module(name)
+            _import_model(self._config)
+            self._missing += [*trace.install_in_core(self._device), *self._shorten()]
+        _write_variables()
+        if self._recording:
+            shortcuts.write_structures(self._recording / shortcuts.STRUCTURES, self._structures.known)
+        if self._missing:
+            lacking = ", ".join(self._missing)
+            print(f"coldstart: this vLLM lacks {lacking}; its start is slower or less visible", flush=True)
+
+    @contextlib.contextmanager
+    def _importing(self, since: float | None = None) -> Iterator[None]:
+        # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
+        # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
+        if Switch.GC_PAUSE.on:
+            gc.disable()
+        remembering = self._structures.in_place() if Switch.IMPORT_STRUCTURES.on else contextlib.nullcontext()
+        with trace.span(Phase.ENGINE_IMPORT, since=since), remembering:
+            yield
+            # torch.distributed empties a cache of the compiler, and imports that, if it finds it there.
+            deferred.forget("torch._dynamo")
+        if Switch.GC_PAUSE.on:
+            gc.freeze()
+            gc.enable()
+
+    def _shorten(self) -> list[str]:
+        """Put in place what makes the engine core's start shorter. Returns the names that this vLLM lacks."""
+        missing = []
+        if Switch.CORE_BESIDE_TOKENIZER.on and not shortcuts.make_structured_output_tokenizer_beside():
+            missing.append("vllm.v1.structured_output.cached_tokenizer_from_config")
+        if self._device != "cpu":
+            return missing
+        if Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
+            missing.append("vllm.v1.worker.utils.allocate_kv_cache")
+        # Imported by now where the weights are quantized.
+        quantized = shortcuts.CPU_4_BIT_KERNEL in sys.modules
+        if quantized and Switch.BYTEWISE_REPACK.on and not shortcuts.repack_bytewise():
+            missing.append(f"{shortcuts.CPU_4_BIT_KERNEL}.CPUWNA16LinearKernel")
+        if os.environ.get("TORCH_COMPILE_DISABLE") == "0":
+            shortcuts.load_compiled_on_cpu()
+            if os.environ.get(state.USED_VARIABLE) and Switch.SHORT_WARMUP.on:
+                shortcuts.warm_up_shortly()
+        return missing
 
 
 # Whether the image's record of transformers' imports fits this installation, for the API process's metrics.
 imports_remembered = False
 # The forkserver swallows ImportError from a preloaded module; the API process reports this instead.
 failure = ""
+# What is still to be imported when the first process is forked.
+_for_core: Callable[[], None] | None = None
 
 
-def load() -> None:
-    """Import vLLM, as this start wants it, into this process. What goes wrong is kept in `failure`."""
+def load(*, core_later: bool = False) -> Callable[[], None] | None:
+    """Import vLLM, as this start wants it, into this process. What goes wrong is kept in `failure`.
+
+    core_later: do not yet import what only the engine core needs, and return what does.
+    """
     global failure
     try:
-        _load()
+        # A group of its own: PID 1 can end every engine process at once, and Ctrl-C reaches only PID 1.
+        os.setpgid(0, 0)
+        # Where the kernel takes several at once, PID 1 has to be there to say so.
+        processes.go_before(os.getppid(), os.getpid())
+        imports = _Imports()
+        imports.prepare()
+        imports.for_all()
+        if core_later:
+            return imports.for_core
+        imports.for_core()
     except Exception:
         failure = traceback.format_exc()
+    return None
 
 
 def _import_everything() -> None:
@@ -237,9 +293,45 @@ def _import_everything() -> None:
     os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - multiprocessing's descriptors are inherited
 
 
-if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
-    load()
+def _refuse_if_unsafe() -> None:
+    """End the template where forking it is not safe: PID 1 then has every process import vLLM itself."""
+    if reason := processes.why_not_fork():
+        trace.refuse_fork(reason)
+        os._exit(0)
+
+
+def _import_for_core() -> None:
+    """After the first fork, which is the API process's. Until it returns, PID 1 waits, and so does a core."""
+    if _for_core is None:
+        return
+    run = _for_core
+    _forget_core()
+    try:
+        run()
+    except Exception:
+        traceback.print_exc()
+        trace.take_back_error()
+        trace.refuse_fork("since importing what the engine core needs failed")
+        os._exit(0)
+    _refuse_if_unsafe()
+
+
+def _forget_core() -> None:
+    global _for_core
+    _for_core = None
+
+
+def _become_template() -> None:
+    global _for_core
+    rest = load(core_later=Switch.TEMPLATE.on and Switch.CORE_IMPORTS_LATER.on)
     if failure and any(isinstance(finder, deferred.Deferred) for finder in sys.meta_path):
         _import_everything()
     if Switch.TEMPLATE.on:
         _refuse_if_unsafe()
+    if rest:
+        _for_core = rest
+        os.register_at_fork(after_in_parent=_import_for_core, after_in_child=_forget_core)
+
+
+if multiprocessing.current_process().name == "MainProcess" and os.environ.get(trace.SOCKET_VARIABLE):
+    _become_template()

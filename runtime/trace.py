@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -47,10 +47,12 @@ class _Point:
 _WORKER = "vllm.v1.worker.gpu_worker"
 _CPU_WORKER = "vllm.v1.worker.cpu_worker"
 # Of vLLM 0.32. A name that a version lacks is skipped: the phase is then missing from the report.
-_TRACED = (
+_IN_API = (
     _Point("vllm.engine.arg_utils", "EngineArgs", "create_engine_config", Phase.CONFIG_PARSE),
     _Point("vllm.v1.engine.async_llm", "", "renderer_from_config", Phase.TOKENIZER_INIT),
     _Point("vllm.v1.engine.utils", "CoreEngineProcManager", "__init__", Phase.ENGINE_INIT),
+)
+_IN_CORE = (
     _Point(_WORKER, "Worker", "init_device", Phase.ENGINE_INIT, tail=True),
     _Point(_WORKER, "Worker", "load_model", Phase.WEIGHT_LOAD),
     _Point(_WORKER, "Worker", "determine_available_memory", Phase.KV_CACHE_ALLOC),
@@ -217,20 +219,30 @@ def _shards(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def install(device: str) -> list[str]:
-    """Wrap what _TRACED names. Returns the names that this vLLM lacks."""
-    points = list(_TRACED)
+def install_in_api() -> list[str]:
+    """Wrap what happens in the API process. Returns the names that this vLLM lacks."""
+    return _install(_IN_API)
+
+
+def install_in_core(device: str) -> list[str]:
+    """Wrap what happens in the engine core and its workers. Returns the names that this vLLM lacks."""
+    points = list(_IN_CORE)
     if device == "cpu":
         # The CPU worker derives from the GPU worker and overrides some of the same methods.
         points += [
             replace(point, module=_CPU_WORKER, owner="CPUWorker")
-            for point in _TRACED
+            for point in _IN_CORE
             if point.module == _WORKER
         ]
-    missing = [
+    return [
         *_replace("vllm.model_executor.model_loader.default_loader", "safetensors_weights_iterator", _shards),
         *_replace("vllm.compilation.decorators", "monitor_torch_compile", _compile),
+        *_install(points),
     ]
+
+
+def _install(points: Iterable[_Point]) -> list[str]:
+    missing = []
     for point in points:
         try:
             owner: Any = importlib.import_module(point.module)

@@ -12,6 +12,7 @@ from builder.quantize_job import (
     HELD_OUT_PROMPTS,
     PROMPTS,
     _prompts,
+    _report_layers,
     document_blocks,
     require_whole,
     split_blocks,
@@ -87,3 +88,24 @@ def test_nothing_measured_on_was_calibrated_on(count: int, samples: int) -> None
         assert len(kept) == samples
     else:
         assert len(held_out) == min(8, count // 5)
+
+
+def test_every_pass_over_the_layers_is_reported() -> None:
+    class First:
+        def on_sequential_epoch_end(self) -> None: ...
+
+    class Second(First):
+        pass
+
+    told: list[tuple[float, str]] = []
+    first, second = First(), Second()
+    _report_layers([first, second], 2, lambda done, detail: told.append((done, detail)))
+    for modifier in (first, first, first, second, second):
+        modifier.on_sequential_epoch_end()
+    assert told == [
+        (0.25, "layer 1 of 2, pass 1 of 2"),
+        (0.5, "layer 2 of 2, pass 1 of 2"),
+        (0.5, "layer 2 of 2, pass 1 of 2"),
+        (0.75, "layer 1 of 2, pass 2 of 2"),
+        (1.0, "layer 2 of 2, pass 2 of 2"),
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import subprocess
 import sys
 import threading
@@ -11,6 +12,11 @@ from typing import Any
 
 import pydantic
 import pytest
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.normalizers import Lowercase
+from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from runtime import shortcuts
 from tests.unit.conftest import Put
@@ -262,3 +268,44 @@ def test_generated_code_is_compiled_once_for_an_installation(tmp_path: Path) -> 
     assert compiled("use") == alone
     file.unlink()
     assert compiled("use") == alone
+
+
+def _tokenizer() -> Tokenizer:
+    words = {"<unk>": 0, "the": 1, "capital": 2, "of": 3}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.normalizer = Lowercase()
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
+    tokenizer.enable_truncation(9)
+    tokenizer.enable_padding(pad_id=5, pad_token="<pad>", length=8)
+    tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("<pad>")])
+    tokenizer.add_tokens(["zebra", AddedToken("Paris", normalized=False, lstrip=True)])
+    tokenizer.add_special_tokens(["<end>"])
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def test_a_copy_of_a_tokenizer_is_the_same_and_changes_alone() -> None:
+    tokenizer = _tokenizer()
+    copied = shortcuts._copy_of_tokenizer(tokenizer)
+    assert copied.to_str() == tokenizer.to_str()
+    text = "The capital of Paris <end> zebra"
+    assert copied.encode(text).ids == tokenizer.encode(text).ids
+    assert copied.encode_special_tokens
+
+    before = tokenizer.to_str()
+    copied.add_tokens(["another"])
+    copied.no_padding()
+    copied.no_truncation()
+    copied.pre_tokenizer = WhitespaceSplit()
+    assert tokenizer.to_str() == before
+    assert tokenizer.token_to_id("another") is None
+
+
+def test_a_tokenizer_whose_added_ids_have_gaps_is_copied_whole() -> None:
+    described = json.loads(_tokenizer().to_str())
+    described["added_tokens"][-1]["id"] = 20
+    tokenizer = Tokenizer.from_str(json.dumps(described))
+    copied = shortcuts._copy_of_tokenizer(tokenizer)
+    assert copied.to_str() == tokenizer.to_str()
+    assert copied.token_to_id("<end>") == tokenizer.token_to_id("<end>")
