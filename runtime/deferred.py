@@ -58,6 +58,8 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "compressed_tensors.logger": ("LoggerConfig", "configure_logger", "logger"),
     "compressed_tensors.offload.load": ("load_offloaded_model",),
     "cv2": (),
+    "openai": (),
+    "openai.types": (),
     "loguru": ("logger",),
     "vllm.transformers_utils.processor": (
         "cached_get_processor",
@@ -95,7 +97,7 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
 }
 # Submodules that may be imported while their package is deferred, since they need nothing of it. Any other
 # has its package executed first, as ever.
-_STANDALONE = frozenset({"torch._inductor.custom_graph_pass"})
+_STANDALONE = re.compile(r"torch\._inductor\.custom_graph_pass$|openai\.")
 # Functions that patch a deferred package whenever vLLM is imported, and the submodule that they patch: they
 # are told that it is not there, and called once it is.
 _POSTPONED = {
@@ -324,7 +326,7 @@ class Deferred(MetaPathFinder):
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         package = sys.modules.get(name.rpartition(".")[0])
-        if type(package) is _DeferredModule and name not in _STANDALONE and name not in self._names:
+        if type(package) is _DeferredModule and not _STANDALONE.match(name) and name not in self._names:
             execute(package)
             if name in sys.modules:  # the package has imported it meanwhile
                 return importlib.machinery.ModuleSpec(name, _Imported(sys.modules[name]))

@@ -183,9 +183,11 @@ async def _serve(
 
 def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
     """What vLLM needs to build its app, and imports only when it does. Beside the engine core's start."""
+    from runtime import template
+
     with trace.span(Phase.TOKENIZER_INIT, "what else the app is made of"):
         try:
-            with deferred.replacing_at_the_end():
+            with template.remembering(), deferred.replacing_at_the_end():
                 arguments.of_app()
                 for name in (*_APP, *deferred.of_api_process(state.folder() / deferred.TOUCHED)):
                     with contextlib.suppress(ImportError):

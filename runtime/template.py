@@ -167,12 +167,14 @@ class _Imports:
         self._missing: list[str] = []
 
     def prepare(self) -> None:
-        """What makes imports faster. Sets `imports_remembered`."""
+        """What makes imports faster."""
+        global imports_remembered, remembering
         if self._recording:
             record.start(self._recording)
         if Switch.IMPORT_STRUCTURES.on:
             self._structures.known = shortcuts.read_structures(state.folder() / shortcuts.STRUCTURES)
             sys.meta_path.insert(0, self._structures)
+            remembering = self._structures.in_place
         if Switch.GENERATED_CODE.on:
             _remember_generated(self._recording)
         if Switch.LATE_VALIDATORS.on:
@@ -183,7 +185,6 @@ class _Imports:
             sys.meta_path.insert(0, shortcuts.copy_tokenizers_quickly())
         if Switch.QUANTIZATION_METHODS.on:
             sys.meta_path.insert(0, self._methods)
-        global imports_remembered
         imports_remembered = bool(self._structures.known)
         _defer(self._recording)
 
@@ -257,6 +258,8 @@ class _Imports:
 
 # Whether the image's record of transformers' imports fits this installation, for the API process's metrics.
 imports_remembered = False
+# For a block that imports more of transformers.
+remembering: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
 # The forkserver swallows ImportError from a preloaded module; the API process reports this instead.
 failure = ""
 # What is still to be imported when the first process is forked.

@@ -148,7 +148,8 @@ def test_read_ahead_stays_within_half_of_the_memory_limit(limit: int, plain: Any
         assert 0 < found["read"] <= found["budget"]
 
 
-# Looks at the template at the very moment of each fork, and gives it a thread where that is asked for.
+# Looks at the template at the very moment of each fork. Where that is asked for, gives it a thread, at once
+# or with what only the engine core needs, or breaks the latter.
 _PROBE = """
 import json, os, sys, threading, time
 
@@ -178,8 +179,18 @@ def look():
 
 if "forkserver" in " ".join(sys.orig_argv):
     os.register_at_fork(before=look)
-    if os.environ.get("PROBE_THREAD"):
-        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    class Finder:
+        def find_spec(self, name, path=None, target=None):
+            if name == "vllm.v1.worker.cpu_worker":
+                if probe == "broken":
+                    raise ImportError("broken for a test")
+                start_thread()
+    start_thread = threading.Thread(target=time.sleep, args=(600,), daemon=True).start
+    probe = os.environ.get("PROBE")
+    if probe == "thread":
+        start_thread()
+    elif probe:
+        sys.meta_path.insert(0, Finder())
 """
 
 
@@ -214,13 +225,21 @@ def test_template_has_one_thread_and_nothing_open_when_it_is_forked(
         assert fork == {"threads": 1, "event_loop": False, "zmq_context": False, "cuda": False}
 
 
+@pytest.mark.parametrize(
+    ("probe", "reason"),
+    [
+        ("thread", "importing vLLM started 1 thread"),
+        ("late-thread", "importing vLLM started 1 thread"),
+        ("broken", "importing what the engine core needs failed"),
+    ],
+)
 def test_where_forking_is_not_safe_processes_are_spawned(
-    probed: str, start: Callable[..., Container]
+    probed: str, start: Callable[..., Container], probe: str, reason: str
 ) -> None:
-    container = start(probed, environment={"PROBE_THREAD": "1"})
+    container = start(probed, environment={"PROBE": probe})
     wait_ready(container)
     assert ask(container)["chat"] == "The capital of France is Paris."
-    assert "forking is not safe, since importing vLLM started 1 thread;" in container.logs()
+    assert f"forking is not safe, since {reason};" in container.logs()
     forkservers, spawned = _json(container, ["python3", "-c", _TREE])
     assert forkservers == 0 < spawned
 

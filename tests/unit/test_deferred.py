@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -119,6 +120,29 @@ def test_submodule_finds_its_package_executed(put: Put) -> None:
     assert child is sys.modules["pack"].child
     assert child.__spec__.name == "pack.child"
     assert child.__spec__.loader is child.__loader__
+
+
+_OPENAI = """
+import sys
+from runtime import deferred
+
+told = []
+names = {name: names for name, names in deferred.CANDIDATES.items() if name.startswith("openai")}
+sys.meta_path.insert(0, deferred.Deferred(names, told.append, check=True))
+from openai.types.chat import ChatCompletion
+from openai.types.responses import Response
+import openai
+assert set(names) == {"openai", "openai.types"} and told == [], told
+assert not {"openai._client", "openai.types.batch", "openai.resources"} & set(sys.modules)
+assert openai.OpenAI.__name__ == "OpenAI"
+assert openai.types.Batch.__name__ == "Batch"
+assert openai.types.chat.ChatCompletion is ChatCompletion
+assert told == ["openai", "openai.types"], told
+"""
+
+
+def test_types_of_openai_need_nothing_of_their_package() -> None:
+    subprocess.run([sys.executable, "-c", _OPENAI], check=True)
 
 
 def test_two_threads_touch_it(put: Put) -> None:
