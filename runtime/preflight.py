@@ -67,7 +67,8 @@ class Facts:
     driver: of NVIDIA, (major, minor); gpus: None where nvidia-smi did not answer in time; config: the model's
     config.json, None where it is not there; read_only: folders that must be writable and are not;
     model_problem: what is wrong with the folder that the model is mounted at, or downloaded to; home: the
-    home folder where it is not writable, which no start needs.
+    home folder where it is not writable, which no start needs; unpacks: whether vLLM has no kernel for the
+    model's 4-bit weights on this CPU.
     """
 
     gpu_visible: bool
@@ -80,6 +81,7 @@ class Facts:
     config: Mapping[str, Any] | None
     model_problem: str = ""
     home: str = ""
+    unpacks: bool = False
 
 
 def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts:
@@ -114,7 +116,37 @@ def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts
         config=config,
         model_problem=model_problem,
         home="" if not home or _is_writable(home) else home,
+        unpacks=manifest.device == "cpu"
+        and _has_4_bits(config or {})
+        and lacks_avx512(_read("/proc/cpuinfo")),
     )
+
+
+def _has_4_bits(config: Mapping[str, Any]) -> bool:
+    """Whether a model is quantized to 4 bits, as AWQ, GPTQ and compressed-tensors say so."""
+    said = config.get("quantization_config") or {}
+    groups = said.get("config_groups") or {}
+    return 4 in (
+        said.get("bits"),
+        *((group.get("weights") or {}).get("num_bits") for group in groups.values()),
+    )
+
+
+def lacks_avx512(cpuinfo: str | None) -> bool:
+    """Of an x86 processor, which lists its instruction sets as flags."""
+    flags = re.search(r"^flags\s*:(.*)$", cpuinfo or "", re.MULTILINE)
+    return flags is not None and "avx512f" not in flags[1].split()
+
+
+def shortcomings(facts: Facts) -> Iterator[str]:
+    """What a start does without here, and serves all the same."""
+    if facts.home:
+        yield f"{facts.home}, the home folder, is not writable: caches are kept for this start only"
+    if facts.unpacks:
+        yield (
+            "this CPU lacks AVX-512, which vLLM's kernel for 4-bit weights needs: they are unpacked, "
+            "and take as much memory as before they were quantized"
+        )
 
 
 def _is_writable(folder: str) -> bool:

@@ -34,6 +34,8 @@ GENERATED = "generated-code.marshal"
 _LAZY_BYTES = 64 << 20
 _WARM_UP_TOKENS = 16
 _DIGEST_BYTES = 16
+# Of 4-bit weights without zero points.
+_MIDDLE = 8
 
 Structures = dict[tuple[str | None, ...], Any]
 
@@ -110,6 +112,50 @@ def repack_bytewise() -> bool:
 
     kernel._process_gptq_weights_w4a16 = first
     return True
+
+
+def multiply_unpacked() -> bool:
+    """Let a CPU that vLLM has no kernel for 4-bit weights for, one without AVX-512, serve them unpacked.
+
+    vLLM chooses the kernel there all the same, starts, and dies at the first request. False where the kernel
+    is there. To be called once the kernel's module is imported.
+    """
+    import torch
+
+    module: Any = importlib.import_module(CPU_4_BIT_KERNEL)
+    kernel: Any = getattr(module, "CPUWNA16LinearKernel", None)
+    names = ("_process_gptq_weights_w4a16", "apply_weights")
+    if hasattr(torch.ops._C, "cpu_gemm_wna16") or not all(name in vars(kernel) for name in names):
+        return False
+
+    def unpack(self: Any, layer: Any) -> None:
+        packed, scales = getattr(layer, self.w_q_name), getattr(layer, self.w_s_name).data
+        zeros = nibbles(getattr(layer, self.w_zp_name).data) if self.config.zero_points else _MIDDLE
+        packed.data = unpacked(nibbles(packed.data.t()), scales, zeros)
+
+    def multiply(self: Any, layer: Any, x: Any, bias: Any = None) -> Any:
+        return torch.nn.functional.linear(x, getattr(layer, self.w_q_name), bias)
+
+    kernel._process_gptq_weights_w4a16, kernel.apply_weights = unpack, multiply
+    return True
+
+
+def nibbles(packed: Any) -> Any:
+    """uint8 of (rows, columns * 8) from int32 of (rows, columns), the first in the lowest bits."""
+    import torch
+
+    pairs = packed.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 0x0F, pairs >> 4), dim=-1).view(len(packed), -1)
+
+
+def unpacked(weights: Any, scales: Any, zeros: Any) -> Any:
+    """Weights in the dtype of `scales`: (outputs, inputs), as `weights` has them in integers.
+
+    scales: (groups, outputs); zeros: the same, or one number.
+    """
+    grouped = weights.to(scales.dtype).view(len(weights), len(scales), -1)
+    middle = zeros if isinstance(zeros, int) else zeros.t().to(scales.dtype).unsqueeze(-1)
+    return ((grouped - middle) * scales.t().unsqueeze(-1)).view(weights.shape)
 
 
 def blocks_of_16_outputs(packed: Any) -> Any:

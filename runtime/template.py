@@ -130,6 +130,8 @@ def _remember_generated(recording: Path | None) -> None:
 
 
 def _methods() -> quantization_methods.Methods:
+    if not Switch.QUANTIZATION_METHODS.on:
+        return quantization_methods.Methods({})
     known = quantization_methods.read(state.folder() / quantization_methods.FILE)
     if not (path := os.environ.get(quantization_methods.VARIABLE)):
         return quantization_methods.Methods(known)
@@ -246,7 +248,7 @@ class _Imports:
         if Switch.LAZY_KV_CACHE.on and not shortcuts.allocate_kv_cache_lazily():
             missing.append("vllm.v1.worker.utils.allocate_kv_cache")
         # Imported by now where the weights are quantized.
-        quantized = shortcuts.CPU_4_BIT_KERNEL in sys.modules
+        quantized = shortcuts.CPU_4_BIT_KERNEL in sys.modules and not shortcuts.multiply_unpacked()
         if quantized and Switch.BYTEWISE_REPACK.on and not shortcuts.repack_bytewise():
             missing.append(f"{shortcuts.CPU_4_BIT_KERNEL}.CPUWNA16LinearKernel")
         if os.environ.get("TORCH_COMPILE_DISABLE") == "0":

@@ -1,6 +1,7 @@
 """Runs in the base image: vLLM's kernel for 4-bit weights on CPUs, with the runtime's shortcut and without.
 
-Prints one JSON object: layer -> whether both gave the same; and which function is left in the end.
+Prints one JSON object: layer -> whether both gave the same; which function is left in the end; and whether
+weights that are unpacked, where there is no kernel, are what they should be.
 """
 
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.kernels.linear.mixed_precision.cpu as kernels
+from vllm.model_executor.layers.quantization.utils.quant_utils import pack_quantized_values_into_int32
 from vllm.scalar_type import scalar_types
 
 sys.path.insert(0, "/packages")
@@ -55,4 +57,21 @@ setattr(KERNEL, NAME, other := lambda _, layer: layer.weight.data.zero_())
 assert shortcuts.repack_bytewise()
 GENERATOR = torch.Generator().manual_seed(0)
 KERNEL._process_gptq_weights_w4a16(SELF, layer(64, 32, transposed=True))
-print("RESULT " + json.dumps({"same": same, "left": left, "other_stays": vars(KERNEL)[NAME] is other}))
+other_stays = vars(KERNEL)[NAME] is other
+
+unpacked = []
+for zero_points in (True, False):
+    inputs, outputs, groups = 192, 64, 3
+    numbers = torch.randint(16, (inputs, outputs), dtype=torch.int32)
+    zeros = torch.randint(16, (groups, outputs), dtype=torch.int32) if zero_points else torch.tensor(8)
+    scales = torch.rand(groups, outputs).to(torch.bfloat16)
+    wanted = (
+        numbers.view(groups, -1, outputs) - (zeros.unsqueeze(1) if zero_points else 8)
+    ) * scales.unsqueeze(1)
+    packed = pack_quantized_values_into_int32(numbers, scalar_types.uint4, 0)
+    given: Any = 8
+    if zero_points:
+        given = shortcuts.nibbles(pack_quantized_values_into_int32(zeros, scalar_types.uint4, 1))
+    made = shortcuts.unpacked(shortcuts.nibbles(packed.t()), scales, given)
+    unpacked.append(torch.equal(made, wanted.view(inputs, outputs).t()))
+print("RESULT " + json.dumps({"same": same, "left": left, "other_stays": other_stays, "unpacked": unpacked}))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -222,6 +224,42 @@ def test_home_need_not_be_writable(tmp_path: Path) -> None:
     facts = gather(CPU, {"HOME": "/none", "TMPDIR": str(tmp_path)})
     assert (facts.home, facts.read_only) == ("/none", ())
     check(load([], {}, CPU), replace(GOOD, home="/none"), ENVIRON)
+
+
+_AVX2 = "processor\t: 0\nflags\t\t: fpu sse2 avx avx2 fma\nbugs\t\t: avx512f\n"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "lacks"),
+    [
+        (_AVX2, True),
+        (_AVX2.replace("avx2", "avx2 avx512f avx512bw"), False),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", False),  # ARM
+        (None, False),
+    ],
+)
+def test_avx512_is_looked_for_on_x86(cpuinfo: str | None, lacks: bool) -> None:
+    assert preflight.lacks_avx512(cpuinfo) == lacks
+
+
+@pytest.mark.parametrize(
+    ("quantization", "told"),
+    [
+        ({"quant_method": "awq", "bits": 4}, True),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, True),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 8}}}}, False),
+        (None, False),
+    ],
+)
+def test_weights_without_a_kernel_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: Any, told: bool
+) -> None:
+    monkeypatch.setattr(preflight, "lacks_avx512", lambda _: True)
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    environ = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    facts = gather(replace(CPU, model_path=str(tmp_path)), environ)
+    assert [line.split(",")[0] for line in preflight.shortcomings(facts)] == ["this CPU lacks AVX-512"] * told
+    assert not gather(replace(GPU, model_path=str(tmp_path)), environ).unpacks
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:
