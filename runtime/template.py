@@ -211,7 +211,7 @@ class _Imports:
 
     def for_core(self) -> None:
         """What the engine core and its workers need besides. Says what this vLLM lacks."""
-        with self._importing():
+        with self._importing(detail="what only the engine core needs"):
             for name in _CORE_MODULES[self._device]:
                 importlib.import_module(name)
             _import_model(self._config)
@@ -224,13 +224,12 @@ class _Imports:
             print(f"coldstart: this vLLM lacks {lacking}; its start is slower or less visible", flush=True)
 
     @contextlib.contextmanager
-    def _importing(self, since: float | None = None) -> Iterator[None]:
+    def _importing(self, since: float | None = None, detail: str = "") -> Iterator[None]:
         # Imports make objects and no garbage: the collector looks at all of them again and again, a third of
         # the import time. Frozen, they are never looked at again, nor copied for that in a forked process.
         if Switch.GC_PAUSE.on:
             gc.disable()
-        remembering = self._structures.in_place() if Switch.IMPORT_STRUCTURES.on else contextlib.nullcontext()
-        with trace.span(Phase.ENGINE_IMPORT, since=since), remembering:
+        with trace.span(Phase.ENGINE_IMPORT, detail, since=since), remembering():
             yield
             # torch.distributed empties a cache of the compiler, and imports that, if it finds it there.
             deferred.forget("torch._dynamo")
