@@ -75,7 +75,10 @@ def test_a_recorded_start_of_a_quantized_model_imports_its_own_method_alone(
     methods = {path.split("/quantization/")[1] for path in found["listed"] if "/layers/quantization/" in path}
     assert any(name.startswith("compressed_tensors/") for name in methods)
     assert not any(name.startswith(("quark/", "inc/", "__pycache__/humming")) for name in methods), methods
-    assert "Paris" in ask(container)["chat"]
+    # What 4 bits leave of the model depends on the machine that quantized it.
+    plainly = start(image, environment={"COLDSTART_OFF": "quantization-methods"})
+    wait_ready(plainly)
+    assert ask(container)["chat"] == ask(plainly)["chat"]
 
 
 _TREE = """
