@@ -28,6 +28,8 @@ from tests.models import write_llama
 ASK = Path(__file__).parent / "ask.py"
 # Of the images that are built; another one keeps two suites on one engine apart.
 PREFIX = os.environ.get("COLDSTART_TEST_PREFIX", "coldstart-test")
+# A quarter of the default: quantizing takes minutes on a CPU without AVX-512.
+QUANTIZE = ("--quantize", "awq", "--calibration-samples", "4")
 READY_SECONDS = 300
 # A short context keeps the KV cache's bookkeeping small; the shortest drain that still is one.
 ENGINE_ARGS = ("--max-model-len", "2048")
@@ -209,7 +211,7 @@ def tiny_folder(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def awq(build: Callable[..., Any]) -> Any:
-    return build("smollm2:awq", "--quantize", "awq")
+    return build("smollm2:awq", *QUANTIZE)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from benchmarks.schema import BenchResult
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 from builder.render import Rendered
 from builder.report import SilentReporter
-from tests.image.conftest import ENGINE_ARGS, PREFIX, ask, coldstart, get, wait_until
+from tests.image.conftest import ENGINE_ARGS, PREFIX, QUANTIZE, ask, coldstart, get, wait_until
 from tests.models import write_model
 
 NO_LABEL = "dev.coldstart.test=none"  # these Dockerfiles leave nothing to tell apart
@@ -81,7 +81,7 @@ def test_awq_image_says_what_it_is(awq: Any, plain: Any, engine: DockerEngine) -
 
 
 def test_second_awq_build_does_not_quantize_again(build: Callable[..., Any], awq: Any) -> None:
-    again = build("smollm2:awq", "--quantize", "awq")
+    again = build("smollm2:awq", *QUANTIZE)
     assert again["weights_reused"]
     assert again["weights_image"] == awq["weights_image"]
 

@@ -14,7 +14,7 @@ import pytest
 
 from builder.docker_engine import Container, DockerEngine
 from runtime.switches import LABELS
-from tests.image.conftest import PREFIX, ask, coldstart, get, wait_ready
+from tests.image.conftest import PREFIX, QUANTIZE, ask, coldstart, get, wait_ready
 from tests.models import write_llama
 
 _LOOK = """
@@ -67,7 +67,7 @@ def test_a_recorded_start_helps_the_next(
 def test_a_recorded_start_of_a_quantized_model_imports_its_own_method_alone(
     build: Callable[..., Any], start: Callable[..., Container]
 ) -> None:
-    image = build("smollm2:awq-recorded", "--quantize", "awq", "--prewarm", "--optimize", "startup")["tag"]
+    image = build("smollm2:awq-recorded", *QUANTIZE, "--prewarm", "--optimize", "startup")["tag"]
     container = start(image)
     wait_ready(container)
     assert "lacks" not in container.logs()

@@ -36,7 +36,15 @@ from builder.report import SilentReporter
 from builder.reshard import reshard
 from builder.shards import tensors_of, write_shards
 from tests.image import foreign_packing
-from tests.image.conftest import coldstart, in_base, result_of, share_quantizer, tiny_models, wait_ready
+from tests.image.conftest import (
+    QUANTIZE,
+    coldstart,
+    in_base,
+    result_of,
+    share_quantizer,
+    tiny_models,
+    wait_ready,
+)
 from tests.image.tiny_models import TEXT
 
 HERE = Path(__file__).parent
@@ -422,7 +430,7 @@ def test_fp8_for_a_cpu_is_refused_before_the_model_is_read(models: Path, base: s
 def test_loss_above_the_limit_is_refused_and_the_result_is_not_made_again(
     awq: Any, model: str, base: str, tmp_path: Path
 ) -> None:
-    flags = ("--base", base, "--quantize", "awq", "--max-perplexity-increase")
+    flags = ("--base", base, *QUANTIZE, "--max-perplexity-increase")
     refused = coldstart("render", model, *flags, "0.001%", "-o", str(tmp_path / "one"))
     assert refused.code == 3
     assert "more than --max-perplexity-increase 0.00%" in refused.err
@@ -444,7 +452,7 @@ def test_loss_above_the_limit_is_refused_and_the_result_is_not_made_again(
 def test_quantized_weights_are_in_shards_of_the_users_size(
     awq: Any, model: str, base: str, tmp_path: Path
 ) -> None:
-    flags = ("--base", base, "--quantize", "awq", "--max-shard-size", "20MiB", "-o", str(tmp_path / "one"))
+    flags = ("--base", base, *QUANTIZE, "--max-shard-size", "20MiB", "-o", str(tmp_path / "one"))
     done = coldstart("render", model, *flags)
     assert done.code == 0, done.err
     assert "are in the cache" in done.err  # whatever the size is, it is quantized once
