@@ -26,6 +26,7 @@ _COMPILED_CPU = Mode(
         "TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS": "0",
     },
 )
+_FLOAT32 = ("--dtype", "float32")
 _PLAN: Mapping[str, str] = {"VLLM_ENABLE_STARTUP_PLAN": "1"}
 
 # Without a recording: on CPUs what always answers right, on GPUs what vLLM does by itself.
@@ -54,6 +55,7 @@ _LOADERS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "runai_streamer": ("--load-format", "runai_streamer"),
     },
 }
+_OF_DTYPE = {"--dtype", "--kv-cache-dtype"}
 _OF_LOADING = ("--load-format", "--safetensors-load-strategy", "--model-loader-extra-config")
 
 
@@ -65,15 +67,23 @@ class Measured:
     rate: float
 
 
-def unrecorded(device: str) -> Mode:
+def unrecorded(settings: Settings) -> Mode:
     """How the engine is run where no recording is used."""
-    return _UNRECORDED[device]
+    mode = _UNRECORDED[settings.manifest.device]
+    return _in_float32(mode) if settings.float32 else mode
+
+
+def eager(settings: Settings) -> Mode:
+    """What always answers right, so that answers are compared with it."""
+    return _in_float32(_EAGER) if settings.float32 else _EAGER
 
 
 def find_recording(
     settings: Settings, facts: preflight.Facts, environ: Mapping[str, str]
 ) -> tuple[Settings, state.Recording | None]:
     """The settings with the mode to run in, and the recording that the mode comes from, if any."""
+    room = preflight.room_for_float32(settings, facts, environ)
+    settings = replace(settings, float32=(_is_emulated(settings, facts) or None) if room else room)
     if "recording" in settings.off:
         return unused(settings, "it is switched off by --off"), None
     if "VLLM_CACHE_ROOT" in environ:
@@ -89,33 +99,49 @@ def find_recording(
     if recording is None:
         return replace(unused(settings, ""), recorded={"status": "none", "reason": "", "mode": ""}), None
     mode = recording.mode
+    if settings.float32 is False and _is_in_float32(mode):
+        return unused(settings, "it computes in float32, for which the memory is too small here"), None
     recorded = {"status": "used", "reason": "", "mode": mode.name, "key": recording.folder.name}
     return replace(settings, mode_args=mode.engine_args, recorded=recorded), recording
 
 
 def unused(settings: Settings, reason: str) -> Settings:
     """The settings of a start without a recording."""
-    mode = unrecorded(settings.manifest.device)
+    mode = unrecorded(settings)
     recorded = {"status": "unused", "reason": reason, "mode": mode.name}
     return replace(settings, mode_args=mode.engine_args, recorded=recorded)
 
 
-def reference(candidate: Mode | None = None) -> Mode:
-    """What answers are compared with: eager, in the candidate's dtype.
+def reference(mode: Mode) -> Mode:
+    """What the answers of a mode are compared with: eager, in its dtype."""
+    return _in_float32(_EAGER) if _is_in_float32(mode) else _EAGER
 
-    Without a candidate, what serves where none answers right.
-    """
-    args = candidate.engine_args if candidate else ()
-    if "--dtype" not in args:
-        return _EAGER
-    dtype = args[args.index("--dtype") + 1]
-    return Mode(f"eager-{dtype}", (*_EAGER.engine_args, "--dtype", dtype))
+
+def _in_float32(mode: Mode) -> Mode:
+    return Mode(f"{mode.name}-float32", (*mode.engine_args, *_FLOAT32), mode.environment)
+
+
+def _is_in_float32(mode: Mode) -> bool:
+    return _FLOAT32[0] in mode.engine_args  # no mode has another dtype
+
+
+def _is_16_bit(settings: Settings) -> bool:
+    """Whether the model's own dtype is one, and nobody asks for another."""
+    given = dict(pairs((*settings.manifest.engine_args, *settings.engine_args)))
+    return settings.manifest.dtype in ("bfloat16", "float16") and not given.keys() & _OF_DTYPE
+
+
+def _is_emulated(settings: Settings, facts: preflight.Facts) -> bool:
+    """Whether this CPU would compute the model in software, several times slower than in float32."""
+    plain = settings.manifest.quantization is None or facts.unpacks
+    return facts.lacks_avx512 and plain and _is_16_bit(settings)
 
 
 def named(settings: Settings, name: str) -> Mode:
     """The mode of this name, whatever `--optimize` is. Raises SettingsError."""
     known = {how for device, how in _CANDIDATES if device == settings.manifest.device}
-    found = {mode.name: mode for how in known for mode in candidates(settings, how)} | {_EAGER.name: _EAGER}
+    every = (eager(settings), *(mode for how in known for mode in candidates(settings, how)))
+    found = {mode.name: mode for mode in every}
     if name not in found:
         raise SettingsError(
             f"--mode {name}: no such mode for this image and these arguments; there are: "
@@ -134,14 +160,12 @@ def candidates(settings: Settings, optimize: str | None = None) -> tuple[Mode, .
     if "--enforce-eager" in given:
         return ()
     found = _CANDIDATES[manifest.device, optimize or manifest.optimize]
+    wide = tuple(map(_in_float32, found))
+    if settings.float32:
+        return wide
     # float32 tells apart what bf16 cannot, and compiled it may still be faster than eager.
-    wider = manifest.quantization is None and manifest.dtype not in (None, "float32")
-    if manifest.device == "cpu" and wider and "--dtype" not in given:
-        found += tuple(
-            Mode(f"{mode.name}-float32", (*mode.engine_args, "--dtype", "float32"), mode.environment)
-            for mode in found
-        )
-    return found
+    plain = manifest.device == "cpu" and manifest.quantization is None and _is_16_bit(settings)
+    return found + wide if plain and settings.float32 is None else found
 
 
 def loaders(settings: Settings) -> Mapping[str, tuple[str, ...]]:

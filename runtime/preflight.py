@@ -67,8 +67,7 @@ class Facts:
     driver: of NVIDIA, (major, minor); gpus: None where nvidia-smi did not answer in time; config: the model's
     config.json, None where it is not there; read_only: folders that must be writable and are not;
     model_problem: what is wrong with the folder that the model is mounted at, or downloaded to; home: the
-    home folder where it is not writable, which no start needs; unpacks: whether vLLM has no kernel for the
-    model's 4-bit weights on this CPU.
+    home folder where it is not writable, which no start needs; lacks_avx512: of a CPU that is to serve.
     """
 
     gpu_visible: bool
@@ -81,7 +80,12 @@ class Facts:
     config: Mapping[str, Any] | None
     model_problem: str = ""
     home: str = ""
-    unpacks: bool = False
+    lacks_avx512: bool = False
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether the model's 4-bit weights are unpacked, for want of a kernel for them."""
+        return self.lacks_avx512 and _has_4_bits(self.config or {})
 
 
 def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts:
@@ -116,9 +120,7 @@ def gather(manifest: Manifest, environ: Mapping[str, str] = os.environ) -> Facts
         config=config,
         model_problem=model_problem,
         home="" if not home or _is_writable(home) else home,
-        unpacks=manifest.device == "cpu"
-        and _has_4_bits(config or {})
-        and lacks_avx512(_read("/proc/cpuinfo")),
+        lacks_avx512=manifest.device == "cpu" and lacks_avx512(_read("/proc/cpuinfo")),
     )
 
 
@@ -138,7 +140,7 @@ def lacks_avx512(cpuinfo: str | None) -> bool:
     return flags is not None and "avx512f" not in flags[1].split()
 
 
-def shortcomings(facts: Facts) -> Iterator[str]:
+def shortcomings(settings: Settings, facts: Facts) -> Iterator[str]:
     """What a start does without here, and serves all the same."""
     if facts.home:
         yield f"{facts.home}, the home folder, is not writable: caches are kept for this start only"
@@ -147,6 +149,35 @@ def shortcomings(facts: Facts) -> Iterator[str]:
             "this CPU lacks AVX-512, which vLLM's kernel for 4-bit weights needs: they are unpacked, "
             "and take as much memory as before they were quantized"
         )
+    if settings.float32 and "float32" in settings.mode_args:
+        yield (
+            "this CPU lacks AVX-512, and computes 16-bit floats in software: float32 is taken, which is "
+            "quicker and takes twice the memory (--dtype auto keeps the model's own)"
+        )
+
+
+def room_for_float32(settings: Settings, facts: Facts, environ: Mapping[str, str]) -> bool | None:
+    """Whether 16-bit weights fit in float32, and the longest request in the KV cache; None: unknown."""
+    weights = settings.manifest.weight_bytes * (8 if facts.unpacks else 2)
+    request = _float32_cache_of_one_request(settings, facts.config or {})
+    if facts.memory is None or not weights or request is None:
+        return None
+    cache = cache_bytes(settings, environ)
+    left = facts.memory - weights - _PROCESSES
+    return cache <= left and request <= (cache or left // 2)
+
+
+def _float32_cache_of_one_request(settings: Settings, config: Mapping[str, Any]) -> int | None:
+    """Bytes, as if every layer had a plain cache, which takes the most; None: config.json does not say."""
+    config = config.get("text_config") or config
+    length = settings.engine_value("--max-model-len") or ""
+    try:
+        tokens = int(length) if length.isdigit() else int(config["max_position_embeddings"])
+        heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+        width = int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+        return tokens * int(config["num_hidden_layers"]) * 2 * heads * width * 4
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
 
 
 def _is_writable(folder: str) -> bool:

@@ -293,7 +293,8 @@ class Settings:
 
     served_model_names: all are accepted. sources: attribute -> "flag", "environment", "image" or "default".
     mode_args: how the engine is run, and recorded: whether that is as recorded when the image was built: see
-    runtime/state.py; degraded: what else this start does without, and why.
+    runtime/state.py; float32: whether a 16-bit model is to be computed in that, None
+    where only a measurement could tell; degraded: what else this start does without, and why.
     """
 
     manifest: Manifest
@@ -314,6 +315,7 @@ class Settings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     mode_args: tuple[str, ...] = ()
     recorded: Mapping[str, str] = field(default_factory=dict)
+    float32: bool | None = None
     degraded: tuple[str, ...] = ()
 
     @property

@@ -170,7 +170,7 @@ class Supervisor:
         settings, self._recording = modes.find_recording(self._settings, facts, os.environ)
         preflight.check(settings, facts, os.environ)
         self._has_home = not facts.home
-        settings = replace(settings, degraded=(*settings.degraded, *preflight.shortcomings(facts)))
+        settings = replace(settings, degraded=(*settings.degraded, *preflight.shortcomings(settings, facts)))
         self._settings = settings
         self._lifecycle.recording, self._lifecycle.degraded = settings.recorded, settings.degraded
         os.environ.update(guard.loopback_environment(settings.vllm_args(), os.environ))

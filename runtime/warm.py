@@ -106,7 +106,7 @@ class _Warm:
     def _compare(self, candidates: Sequence[Mode]) -> Measured:
         """The best mode. Each is held against an eager start of its dtype."""
         optimize = self._settings.manifest.optimize
-        eager = self._refer(modes.reference())
+        eager = self._refer(modes.eager(self._settings))
         if not self._generates:
             return self._as_vllm_does()
         right = []
@@ -138,7 +138,7 @@ class _Warm:
 
     def _as_vllm_does(self) -> Measured:
         """For models that generate nothing which could be compared or counted: embeddings, scores."""
-        mode = modes.unrecorded(self._settings.manifest.device)
+        mode = modes.unrecorded(self._settings)
         logs.say(f"warm: the model generates no text to hold other ways of running to; {mode.name} is taken")
         if not self._cache(mode).is_dir():
             with self._server(mode):
@@ -229,7 +229,7 @@ class _Warm:
         weights = list(Path(self._settings.manifest.model_path).glob("*.safetensors"))
         for path in weights:
             _forget(path)
-        eager = modes.reference()
+        eager = modes.eager(self._settings)
         mode = replace(eager, name=f"loader-{name}", engine_args=(*eager.engine_args, *arguments))
         with self._server(mode) as pid:
             seconds = float(golden.get(f"{self._url}/startup")["elapsed"])

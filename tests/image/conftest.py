@@ -23,6 +23,7 @@ from builder.build import cache_folder
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
 from builder.quantize import ensure_environment, job_environment
 from builder.report import SilentReporter
+from runtime.preflight import lacks_avx512
 from tests.models import write_llama
 
 ASK = Path(__file__).parent / "ask.py"
@@ -30,6 +31,9 @@ ASK = Path(__file__).parent / "ask.py"
 PREFIX = os.environ.get("COLDSTART_TEST_PREFIX", "coldstart-test")
 # A quarter of the default: quantizing takes minutes on a CPU without AVX-512.
 QUANTIZE = ("--quantize", "awq", "--calibration-samples", "4")
+# A CPU without AVX-512 computes a model of 16-bit floats in float32, unless it is told otherwise.
+FLOAT32 = lacks_avx512(Path("/proc/cpuinfo").read_text())
+EAGER = "eager-float32" if FLOAT32 else "eager"
 READY_SECONDS = 300
 # A short context keeps the KV cache's bookkeeping small; the shortest drain that still is one.
 ENGINE_ARGS = ("--max-model-len", "2048")

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from builder.docker_engine import CONTAINER_PREFIX, Container, DockerEngine
-from tests.image.conftest import ENGINE_ARGS, coldstart, get, wait_ready, wait_until
+from tests.image.conftest import ENGINE_ARGS, FLOAT32, coldstart, get, wait_ready, wait_until
 
 # One of vLLM's examples asks for this model by name.
 MODEL = "Qwen/Qwen3-8B"
@@ -102,6 +102,7 @@ def stock(plain: Any, engine: DockerEngine) -> Iterator[Container]:
         MODEL,
         "--enforce-eager",
     )
+    arguments += ("--dtype", "float32") if FLOAT32 else ()
     arguments += ("--kv-cache-memory-bytes", "2147483648", *ENGINE_ARGS, *TOOLS)
     command = ["docker", "run", "-d", "--name", name, "-p", "127.0.0.1::8000", "--entrypoint", "python3"]
     command += [plain["tag"], "-m", "vllm.entrypoints.openai.api_server", *arguments]

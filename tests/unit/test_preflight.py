@@ -258,8 +258,43 @@ def test_weights_without_a_kernel_are_told(
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     environ = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
     facts = gather(replace(CPU, model_path=str(tmp_path)), environ)
-    assert [line.split(",")[0] for line in preflight.shortcomings(facts)] == ["this CPU lacks AVX-512"] * told
+    settings = load([], {}, CPU)
+    assert [line.split(",")[0] for line in preflight.shortcomings(settings, facts)] == [
+        "this CPU lacks AVX-512"
+    ] * told
     assert not gather(replace(GPU, model_path=str(tmp_path)), environ).unpacks
+
+
+# Of eight layers, twice eight heads of 64, 1,000 positions: 32 MiB of bf16, 63 of float32.
+WIDE = {**CONFIG, "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 1000}
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes", "room"),
+    [
+        ([], {}, True),
+        ([], {"memory": 5 * GIB}, False),  # 2 of weights, 2 of cache, 1.5 of processes
+        ([], {"memory": None}, None),
+        ([], {"config": None}, None),
+        ([], {"config": {**WIDE, "num_hidden_layers": "eight"}}, None),
+        ([], {"config": {"text_config": WIDE}}, True),
+        (["--kv-cache-memory-bytes", "60000000"], {}, True),
+        (["--kv-cache-memory-bytes", "30000000"], {}, False),
+        (["--kv-cache-memory-bytes", "30000000", "--max-model-len", "400"], {}, True),
+        (["--max-model-len", "100000"], {}, False),
+    ],
+)
+def test_room_for_float32(argv: list[str], changes: dict[str, Any], room: bool | None) -> None:
+    facts = replace(GOOD, **{"config": WIDE, "memory": 6 * GIB, **changes})
+    assert preflight.room_for_float32(load(argv, {}, CPU), facts, {}) is room
+
+
+def test_unpacked_weights_take_eight_times_the_room_in_float32() -> None:
+    packed = {**WIDE, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    facts = replace(GOOD, config=packed, memory=11 * GIB, lacks_avx512=True)
+    assert preflight.room_for_float32(load([], {}, CPU), facts, {}) is False
+    assert preflight.room_for_float32(load([], {}, CPU), replace(facts, memory=12 * GIB), {})
+    assert preflight.room_for_float32(load([], {}, CPU), replace(facts, lacks_avx512=False), {})
 
 
 def test_facts_of_this_machine(tmp_path: Path) -> None:

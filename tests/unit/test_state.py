@@ -188,6 +188,61 @@ def test_the_modes_that_are_tried(changes: dict[str, Any], argv: tuple[str, ...]
     assert [mode.name for mode in modes.candidates(settings(*argv, **changes))] == names
 
 
+# A CPU without AVX-512, whose memory is enough for whatever this model takes.
+OLD = Facts(
+    False, 0, None, None, 64 << 30, None, (),
+    {"num_attention_heads": 8, "hidden_size": 512, "num_hidden_layers": 8, "max_position_embeddings": 100},
+    lacks_avx512=True,
+)  # fmt: skip
+ROOMY = {"weight_bytes": 1 << 30, "engine_args": ("--kv-cache-memory-bytes", "8000000")}
+PACKED = {**(OLD.config or {}), "quantization_config": {"quant_method": "awq", "bits": 4}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "argv", "facts", "names"),
+    [
+        ({}, (), OLD, ["eager-float32", "compiled-float32"]),
+        ({"device": "cuda"}, (), replace(OLD, lacks_avx512=False), ["default", "eager", "default"]),
+        ({}, (), replace(OLD, lacks_avx512=False), ["eager", "compiled", "compiled-float32"]),
+        ({}, (), replace(OLD, memory=3 << 30), ["eager", "compiled"]),
+        ({}, (), replace(OLD, memory=None), ["eager", "compiled", "compiled-float32"]),
+        ({}, ("--dtype", "auto"), OLD, ["eager", "compiled"]),
+        ({}, ("--kv-cache-dtype", "fp8"), OLD, ["eager", "compiled"]),
+        ({"dtype": "float32"}, (), OLD, ["eager", "compiled"]),
+        (
+            {"quantization": "awq int4"},
+            (),
+            replace(OLD, config=PACKED),
+            ["eager-float32", "compiled-float32"],
+        ),
+        ({"quantization": "int8"}, (), OLD, ["eager", "compiled"]),
+    ],
+)
+def test_where_16_bits_are_computed_in_software_float32_is_taken(
+    changes: dict[str, Any], argv: tuple[str, ...], facts: Facts, names: list[str]
+) -> None:
+    found, _ = modes.find_recording(settings(*argv, **{**ROOMY, **changes}), facts, {})
+    assert found.mode_args == modes.unrecorded(found).engine_args
+    every = [modes.unrecorded(found), modes.eager(found), *modes.candidates(found)]
+    assert list(dict.fromkeys(mode.name for mode in every)) == list(dict.fromkeys(names))
+
+
+def test_a_recording_in_float32_is_not_used_where_memory_is_too_small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "folder", lambda: tmp_path)
+    image = settings(**ROOMY)
+    made = recording(tmp_path, {}, **fingerprint.gather(image, {}, ("VLLM_X",)))
+    replace(made, mode=Mode("compiled-float32", ("--no-enforce-eager", "--dtype", "float32"))).write()
+    found, chosen = modes.find_recording(image, OLD, {})
+    assert chosen is not None
+    assert found.recorded["mode"] == "compiled-float32"
+    found, chosen = modes.find_recording(image, replace(OLD, memory=3 << 30), {})
+    assert chosen is None
+    assert "memory is too small" in found.recorded["reason"]
+    assert found.mode_args == ("--enforce-eager",)
+
+
 def test_a_mode_is_held_against_eager_of_its_dtype() -> None:
     compiled, wide = modes.candidates(settings())
     assert modes.reference(compiled).engine_args == ("--enforce-eager",)
