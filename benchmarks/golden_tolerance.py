@@ -24,11 +24,11 @@ from runtime.golden import Answer, compare
 _READY_SECONDS = 900
 _COMPILED = ("--no-enforce-eager",)
 _STARTS: tuple[tuple[str, tuple[str, ...], int], ...] = (
-    ("eager", (), 8),
-    ("eager, one at a time", (), 1),
+    ("eager", ("--dtype", "auto"), 8),
+    ("eager, one at a time", ("--dtype", "auto"), 1),
     ("eager-float32", ("--dtype", "float32"), 8),
     ("eager-float32, one at a time", ("--dtype", "float32"), 1),
-    ("compiled", _COMPILED, 8),
+    ("compiled", (*_COMPILED, "--dtype", "auto"), 8),
     ("compiled-float32", (*_COMPILED, "--dtype", "float32"), 8),
 )
 # Inside the image, with the image's own runtime.

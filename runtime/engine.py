@@ -23,7 +23,7 @@ from http import HTTPStatus
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from runtime import deferred, logs, shortcuts, state, trace
+from runtime import deferred, logs, shortcuts, state, tokenizer, trace
 from runtime.guard import AsgiApp, Guard, Scope, Send
 from runtime.lifecycle import Lifecycle, Reply, State
 from runtime.listener import Acceptor
@@ -195,7 +195,7 @@ def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
             # vLLM does so once more when it builds the app; what takes long of it, it remembers.
             from vllm.renderers.params import ChatParams
 
-            with shortcuts.tokenizer_is_no_processor():
+            with tokenizer.tokenizer_is_no_processor():
                 renderer.warmup(ChatParams())
         except Exception as error:
             logs.say(f"what the app is made of is imported when it is built: {error!r}", "warning")

@@ -6,26 +6,22 @@ process, and none changes an answer. A release that lacks the function starts wi
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
 import importlib
 import importlib.machinery
-import itertools
 import marshal
 import mmap
 import os
-import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 CPU_4_BIT_KERNEL = "vllm.model_executor.kernels.linear.mixed_precision.cpu"
 STRUCTURES = "transformers-imports.marshal"
@@ -213,95 +209,6 @@ def start_core_beside_tokenizer(log_stats: bool, then: Callable[[Any], object]) 
         return made
 
     module.renderer_from_config = beside
-
-
-@contextmanager
-def tokenizer_is_no_processor() -> Iterator[None]:
-    """While the block runs, who asks transformers for a model's processor gets no tokenizer instead.
-
-    vLLM asks for that of a text model too, for a chat template, and has no use for a second tokenizer.
-    """
-    module: Any = importlib.import_module("transformers.models.auto.processing_auto")
-    tokenizer = module.AutoTokenizer
-
-    class NoTokenizer:
-        @staticmethod
-        def from_pretrained(*_: Any, **__: Any) -> NoReturn:
-            raise ValueError("a tokenizer is no processor")
-
-    module.AutoTokenizer = NoTokenizer
-    try:
-        yield
-    finally:
-        module.AutoTokenizer = tokenizer
-
-
-def copy_tokenizers_quickly() -> AfterImport:
-    """A copy of a tokenizer shares the model behind it, vocabulary and merges, which nobody changes.
-
-    tokenizers itself writes a copy as JSON and parses that. transformers and vLLM make three of each.
-    """
-
-    def replace(module: Any) -> None:
-        if hasattr(module, "Tokenizer"):
-            module.Tokenizer.__deepcopy__ = lambda tokenizer, _memo: _copy_of_tokenizer(tokenizer)
-
-    return AfterImport({"tokenizers": replace})
-
-
-def _copy_of_tokenizer(tokenizer: Any) -> Any:
-    copied = type(tokenizer)(tokenizer.model)
-    for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
-        if (own := getattr(tokenizer, part)) is not None:
-            setattr(copied, part, copy.deepcopy(own))
-    if tokenizer.truncation:
-        copied.enable_truncation(**tokenizer.truncation)
-    if tokenizer.padding:
-        copied.enable_padding(**tokenizer.padding)
-    added = tokenizer.get_added_tokens_decoder()
-    # In the order of their ids, which are given out in turn.
-    in_turn = (added[number] for number in sorted(added))
-    for special, tokens in itertools.groupby(in_turn, lambda token: bool(token.special)):
-        (copied.add_special_tokens if special else copied.add_tokens)(list(tokens))
-    copied.encode_special_tokens = tokenizer.encode_special_tokens
-    if copied.get_added_tokens_decoder() != added:  # ids with gaps
-        return pickle.loads(pickle.dumps(tokenizer))  # noqa: S301 - as tokenizers does it
-    return copied
-
-
-def make_structured_output_tokenizer_beside() -> bool:
-    """Let the engine core make its tokenizer in a thread: nobody waits for it, it is for structured output.
-
-    False where this vLLM lacks the function. To be called once vLLM is imported.
-    """
-    module: Any = importlib.import_module("vllm.v1.structured_output")
-    manager = getattr(module, "StructuredOutputManager", None)
-    make = vars(module).get("cached_tokenizer_from_config")
-    if manager is None or make is None:
-        return False
-
-    def begin(*args: Any, **kwargs: Any) -> Future[Any]:
-        made: Future[Any] = Future()
-
-        def run() -> None:
-            try:
-                made.set_result(make(*args, **kwargs))
-            except BaseException as error:
-                made.set_exception(error)
-
-        threading.Thread(target=run, name="tokenizer", daemon=True).start()
-        return made
-
-    def wait(self: Any) -> Any:
-        made = vars(self)["_tokenizer"]
-        return made.result() if isinstance(made, Future) else made
-
-    def keep(self: Any, made: Any) -> None:
-        vars(self)["_tokenizer"] = made
-
-    module.cached_tokenizer_from_config = begin
-    manager.tokenizer = property(wait, keep)
-    return True
 
 
 def load_compiled_on_cpu() -> bool:

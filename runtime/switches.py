@@ -55,9 +55,9 @@ class Switch(enum.Enum):
         "core-beside-tokenizer",
         "The engine core starts, and routes are imported, while tokenizers are made.",
     )
-    TOKENIZER_COPIES = (
-        "tokenizer-copies",
-        "Copies of a tokenizer share its vocabulary; otherwise each is written out and parsed again.",
+    TOKENIZER_ONCE = (
+        "tokenizer-once",
+        "Tokenizers are parsed once, and copies share that; the engine core makes its own when it is needed.",
     )
     RECORDING = ("recording", "The mode and the compiled code that were recorded for this machine are used.")
     SHORT_WARMUP = (

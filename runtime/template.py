@@ -29,6 +29,7 @@ from runtime import (
     shortcuts,
     state,
     switches,
+    tokenizer,
     trace,
 )
 from runtime.phases import Phase
@@ -183,8 +184,8 @@ class _Imports:
             sys.meta_path.insert(0, shortcuts.validate_later())
         if Switch.OPERATOR_SOURCES.on:
             sys.meta_path.insert(0, shortcuts.name_operators_quickly())
-        if Switch.TOKENIZER_COPIES.on:
-            sys.meta_path.insert(0, shortcuts.copy_tokenizers_quickly())
+        if Switch.TOKENIZER_ONCE.on:
+            sys.meta_path.insert(0, tokenizer.once())
         if Switch.QUANTIZATION_METHODS.on:
             sys.meta_path.insert(0, self._methods)
         imports_remembered = bool(self._structures.known)
@@ -240,7 +241,7 @@ class _Imports:
     def _shorten(self) -> list[str]:
         """Put in place what makes the engine core's start shorter. Returns the names that this vLLM lacks."""
         missing = []
-        if Switch.CORE_BESIDE_TOKENIZER.on and not shortcuts.make_structured_output_tokenizer_beside():
+        if Switch.TOKENIZER_ONCE.on and not tokenizer.make_structured_output_tokenizer_late():
             missing.append("vllm.v1.structured_output.cached_tokenizer_from_config")
         if self._device != "cpu":
             return missing

@@ -81,6 +81,54 @@ def test_a_recorded_start_of_a_quantized_model_imports_its_own_method_alone(
     assert ask(container)["chat"] == ask(plainly)["chat"]
 
 
+_TOKENIZER = """
+import copy, json, sys
+if "once" in sys.argv:
+    from runtime import tokenizer
+    sys.meta_path.insert(0, tokenizer.once())
+from vllm.tokenizers import hf
+
+made = hf.CachedHfTokenizer.from_pretrained(sys.argv[1])
+pool = hf.maybe_make_thread_pool(made)
+text = "The capital of France is <|im_start|> Paris.<|im_end|>  ¿Qué?"
+told = []
+for one in (made, pool, copy.deepcopy(made)):
+    ids = one.encode(text)
+    told.append([
+        *(ids, one.decode(ids), one.convert_ids_to_tokens(ids), sorted(one.get_vocab().items()), len(one)),
+        *(one.all_special_ids, one.max_token_id, one.max_chars_per_token, one.vocab_size, str(one.init_kwargs)),
+        *(str(one.added_tokens_decoder), one.special_tokens_map, one.backend_tokenizer.to_str()),
+        one.apply_chat_template([{"role": "user", "content": text}], tokenize=False),
+    ])
+print(json.dumps(told))
+"""
+
+
+def test_a_tokenizer_that_is_parsed_once_is_the_one_that_vllm_makes(
+    plain: Any, start: Callable[..., Container]
+) -> None:
+    container = start(plain["tag"])
+    wait_ready(container)
+    command = ["python3", "-c", _TOKENIZER, "/models/SmolLM2-135M-Instruct"]
+    theirs, ours = _json(container, command), _json(container, [*command, "once"])
+    assert ours == theirs
+    assert len(ours[0][3]) > 49_000
+    # The engine core's own is made for the first request that needs it.
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    body = {"messages": question, "max_tokens": 30, "temperature": 0, "structured_outputs": {"json": schema}}
+    answer = _json(container, ["python3", "-c", _CHAT, json.dumps(body)])
+    assert json.loads(answer)["city"] in ("Paris", "Rome")
+
+
+_CHAT = """
+import json, sys
+from runtime import golden
+url = "http://127.0.0.1:8000"
+body = {"model": golden.get(f"{url}/v1/models")["data"][0]["id"], **json.loads(sys.argv[1])}
+print(json.dumps(golden.post(f"{url}/v1/chat/completions", body)["choices"][0]["message"]["content"]))
+"""
+
 _TREE = """
 import json, os
 from pathlib import Path

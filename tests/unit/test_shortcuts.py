@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
-from typing import Any
 
 import pydantic
-import pytest
-from tokenizers import AddedToken, Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.normalizers import Lowercase
-from tokenizers.pre_tokenizers import Whitespace, WhitespaceSplit
-from tokenizers.processors import TemplateProcessing
 
 from runtime import shortcuts
 from tests.unit.conftest import Put
@@ -161,49 +152,6 @@ def test_validators_are_made_when_they_are_first_used() -> None:
     assert "defer_build" not in pydantic.BaseModel.model_config
 
 
-_MANAGER = """
-import threading
-made = threading.Event()
-def cached_tokenizer_from_config(model_config):
-    made.wait(10)
-    if model_config is None:
-        raise ValueError("no tokenizer")
-    return "tokenizer of " + model_config
-class StructuredOutputManager:
-    def __init__(self, model_config):
-        self.tokenizer = cached_tokenizer_from_config(model_config=model_config)
-    def backend(self):
-        return self.tokenizer
-"""
-
-
-def test_tokenizer_of_structured_output_is_waited_for_when_wanted(put: Put) -> None:
-    put("vllm/v1/structured_output.py", _MANAGER)
-    assert shortcuts.make_structured_output_tokenizer_beside()
-    module: Any = importlib.import_module("vllm.v1.structured_output")
-    good, bad = module.StructuredOutputManager("a model"), module.StructuredOutputManager(None)
-    threading.Timer(0.05, module.made.set).start()
-    assert good.backend() == good.backend() == "tokenizer of a model"
-    with pytest.raises(ValueError, match="no tokenizer"):
-        bad.backend()
-    good.tokenizer = "another"
-    assert good.backend() == "another"
-
-
-def test_another_vllm_makes_that_tokenizer_itself(put: Put) -> None:
-    put("vllm/v1/structured_output.py", "class StructuredOutputManager: pass\n")
-    assert not shortcuts.make_structured_output_tokenizer_beside()
-
-
-def test_who_asks_for_a_processor_gets_no_tokenizer(put: Put) -> None:
-    put("transformers/models/auto/processing_auto.py", "class AutoTokenizer: pass\n")
-    module: Any = importlib.import_module("transformers.models.auto.processing_auto")
-    own = module.AutoTokenizer
-    with shortcuts.tokenizer_is_no_processor(), pytest.raises(ValueError, match="no processor"):
-        module.AutoTokenizer.from_pretrained("a model", trust_remote_code=False)
-    assert module.AutoTokenizer is own
-
-
 _GENERATE = """
 import dataclasses, json, sys
 from pathlib import Path
@@ -268,44 +216,3 @@ def test_generated_code_is_compiled_once_for_an_installation(tmp_path: Path) -> 
     assert compiled("use") == alone
     file.unlink()
     assert compiled("use") == alone
-
-
-def _tokenizer() -> Tokenizer:
-    words = {"<unk>": 0, "the": 1, "capital": 2, "of": 3}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
-    tokenizer.normalizer = Lowercase()
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 4)])
-    tokenizer.enable_truncation(9)
-    tokenizer.enable_padding(pad_id=5, pad_token="<pad>", length=8)
-    tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("<pad>")])
-    tokenizer.add_tokens(["zebra", AddedToken("Paris", normalized=False, lstrip=True)])
-    tokenizer.add_special_tokens(["<end>"])
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def test_a_copy_of_a_tokenizer_is_the_same_and_changes_alone() -> None:
-    tokenizer = _tokenizer()
-    copied = shortcuts._copy_of_tokenizer(tokenizer)
-    assert copied.to_str() == tokenizer.to_str()
-    text = "The capital of Paris <end> zebra"
-    assert copied.encode(text).ids == tokenizer.encode(text).ids
-    assert copied.encode_special_tokens
-
-    before = tokenizer.to_str()
-    copied.add_tokens(["another"])
-    copied.no_padding()
-    copied.no_truncation()
-    copied.pre_tokenizer = WhitespaceSplit()
-    assert tokenizer.to_str() == before
-    assert tokenizer.token_to_id("another") is None
-
-
-def test_a_tokenizer_whose_added_ids_have_gaps_is_copied_whole() -> None:
-    described = json.loads(_tokenizer().to_str())
-    described["added_tokens"][-1]["id"] = 20
-    tokenizer = Tokenizer.from_str(json.dumps(described))
-    copied = shortcuts._copy_of_tokenizer(tokenizer)
-    assert copied.to_str() == tokenizer.to_str()
-    assert copied.token_to_id("<end>") == tokenizer.token_to_id("<end>")
