@@ -96,7 +96,8 @@ for one in (made, pool, copy.deepcopy(made)):
     ids = one.encode(text)
     told.append([
         *(ids, one.decode(ids), one.convert_ids_to_tokens(ids), sorted(one.get_vocab().items()), len(one)),
-        *(one.all_special_ids, one.max_token_id, one.max_chars_per_token, one.vocab_size, str(one.init_kwargs)),
+        *(one.all_special_ids, one.max_token_id, one.max_chars_per_token, one.vocab_size),
+        str(one.init_kwargs),
         *(str(one.added_tokens_decoder), one.special_tokens_map, one.backend_tokenizer.to_str()),
         one.apply_chat_template([{"role": "user", "content": text}], tokenize=False),
     ])
