@@ -28,6 +28,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
+from runtime import metas
 from runtime.phases import API_PROCESS
 
 TOUCHED = "touched.txt"
@@ -40,7 +41,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "torch._inductor": (),
     "torch._dynamo": (),
     "torch._dynamo.symbolic_convert": ("InliningInstructionTranslator",),
+    metas.MODULE: (),
     "torch.utils.cpp_extension": ("load_inline",),
+    "transformers.models.whisper.tokenization_whisper": ("LANGUAGES",),
     "transformers.conversion_mapping": (
         "get_checkpoint_conversion_mapping",
         "register_checkpoint_conversion_mapping",
@@ -58,6 +61,9 @@ CANDIDATES: Mapping[str, tuple[str, ...]] = {
     "compressed_tensors.logger": ("LoggerConfig", "configure_logger", "logger"),
     "compressed_tensors.offload.load": ("load_offloaded_model",),
     "cv2": (),
+    "httpcore2": (),
+    "requests": ("Response", "Session"),
+    "xgrammar": ("CompiledGrammar", "Grammar", "GrammarMatcher", "StructuralTag"),
     "openai": (),
     "openai.types": (),
     "loguru": ("logger",),
@@ -173,7 +179,10 @@ class DeferredName:
         return hash(_real(self))
 
     def __repr__(self) -> str:
-        return repr(_real(self))
+        if not _is_deferred(self):
+            return repr(_real(self))
+        module, name = (object.__getattribute__(self, key) for key in DeferredName.__slots__)
+        return f"{module.__name__}.{name}"  # a data class writes its annotations into its documentation
 
 
 def _is_deferred(name: DeferredName) -> bool:
@@ -212,6 +221,7 @@ class _Deferring(Loader):
         self.loader, self.names, self.told = loader, frozenset(names), told
         self.given: dict[str, DeferredName] = {}
         self.owner: int | None = None
+        self.operators: Sequence[str] = ()
 
     def __getattr__(self, name: str) -> Any:  # what inspect and pkgutil ask a loader
         return getattr(self.loader, name)
@@ -222,6 +232,8 @@ class _Deferring(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__class__ = _DeferredModule
+        if self.operators:
+            metas.stand_in(self.operators, lambda: execute(module))
 
 
 class _Imported(Loader):
@@ -244,8 +256,11 @@ def execute(module: ModuleType) -> None:
         return
     spec = module.__spec__
     assert spec is not None
-    if spec.parent and spec.parent != spec.name:  # comes first in every import
-        execute(importlib.import_module(spec.parent))
+    package = spec.name.rpartition(".")[0]
+    if package:  # comes first in every import
+        execute(importlib.import_module(package))
+    if spec.name != metas.MODULE and package.partition(".")[0] == "torch" and metas.MODULE in sys.modules:
+        execute(sys.modules[metas.MODULE])  # as in torch's own order
     current = sys.modules.setdefault(spec.name, module)
     if current is not module:  # it was forgotten, and imported again
         execute(current)
@@ -313,22 +328,30 @@ class Deferred(MetaPathFinder):
     """To be put on sys.meta_path.
 
     told: called with the name of each deferred module that is executed; check: look first whether its source
-    is as CANDIDATES wants it, and tell of it if not.
+    is as CANDIDATES wants it, and tell of it if not; known: to metas.py, without which its module is
+    not deferred.
     """
 
     def __init__(
-        self, names: Names, told: Callable[[str], None] = lambda _: None, *, check: bool = False
+        self,
+        names: Names,
+        told: Callable[[str], None] = lambda _: None,
+        *,
+        check: bool = False,
+        known: metas.Known | None = None,
     ) -> None:
-        self._names, self._told, self._check = names, told, check
+        self._metas = known or metas.Known()
+        self._names = {name: names[name] for name in names if self._metas.operators or name != metas.MODULE}
+        self._told, self._check = told, check
         self._postponed = {where: what for where, what in _POSTPONED.items() if what[0] in names}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        package = sys.modules.get(name.rpartition(".")[0])
-        if type(package) is _DeferredModule and not _STANDALONE.match(name) and name not in self._names:
-            execute(package)
-            if name in sys.modules:  # the package has imported it meanwhile
+        first = sys.modules.get(metas.MODULE if name in self._metas.modules else name.rpartition(".")[0])
+        if type(first) is _DeferredModule and not _STANDALONE.match(name) and name not in self._names:
+            execute(first)
+            if name in sys.modules:  # it was imported meanwhile
                 return importlib.machinery.ModuleSpec(name, _Imported(sys.modules[name]))
         after = [where for where, (_, patched) in self._postponed.items() if patched == name]
         if name not in self._names and not after:
@@ -346,7 +369,8 @@ class Deferred(MetaPathFinder):
             if self._check and not _is_as_listed(spec.loader.get_source(name) or "", self._names[name]):
                 self._told(name)
             else:
-                spec.loader = _Deferring(spec.loader, self._names[name], self._told)
+                spec.loader = loader = _Deferring(spec.loader, self._names[name], self._told)
+                loader.operators = self._metas.operators if name == metas.MODULE else ()
         return spec
 
     def _find_with_others(
@@ -360,7 +384,7 @@ class Deferred(MetaPathFinder):
 
 def _is_as_listed(source: str, names: Iterable[str]) -> bool:
     """Whether a module's code has these names, and does not put something else in the module's place."""
-    had = r"^(class |def |from \S+ import (.*\W)?)?"
+    had = r"^(class |def |from \S+ import (.*\W)?|    (?=\w+,$))?"
     defined = all(re.search(rf"{had}{name}\b", source, re.MULTILINE) for name in names)
     return defined and "sys.modules[__name__]" not in source
 

@@ -8,6 +8,7 @@ those only later, in the forked processes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -23,6 +24,7 @@ from typing import Any
 from runtime import (
     deferred,
     logs,
+    metas,
     processes,
     quantization_methods,
     record,
@@ -140,15 +142,21 @@ def _methods() -> quantization_methods.Methods:
     return quantization_methods.Methods(known, quantization_methods.writer(Path(path)))
 
 
+@functools.cache
+def _metas() -> metas.Known:
+    return metas.read(state.folder() / metas.FILE, shortcuts.of_installation())
+
+
 def _defer(recording: Path | None) -> None:
     """Have modules that the recorded start did not use imported later; while recording, all candidates."""
     if not Switch.DEFERRED_IMPORTS.on:
         return
+    known = _metas()
     if recording:
         told = deferred.recorder(recording / deferred.TOUCHED)
-        finder = deferred.Deferred(deferred.CANDIDATES, told, check=True)
+        finder = deferred.Deferred(deferred.CANDIDATES, told, check=True, known=known)
     elif names := deferred.unused(state.folder() / deferred.TOUCHED):
-        finder = deferred.Deferred(names)
+        finder = deferred.Deferred(names, known=known)
     else:
         return
     sys.meta_path.insert(0, finder)
@@ -188,6 +196,8 @@ class _Imports:
             sys.meta_path.insert(0, tokenizer.once())
         if Switch.QUANTIZATION_METHODS.on:
             sys.meta_path.insert(0, self._methods)
+        if path := os.environ.get(metas.VARIABLE):
+            sys.meta_path.insert(0, metas.Noting(Path(path), shortcuts.of_installation()))
         imports_remembered = bool(self._structures.known)
         _defer(self._recording)
 
@@ -206,6 +216,7 @@ class _Imports:
             for name in _MODULES:
                 importlib.import_module(name)
             _import_quantization(self._config)
+            metas.find_as_attributes(_metas())
             if logs.is_json():
                 del os.environ["VLLM_CONFIGURE_LOGGING"]
             self._missing += [*self._methods.missing, *trace.install_in_api()]

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from runtime import deferred, fingerprint, golden, logs, modes, quantization_methods, record, state
+from runtime import deferred, fingerprint, golden, logs, metas, modes, quantization_methods, record, state
 from runtime.modes import Measured
 from runtime.phases import Phase
 from runtime.prefetch import FILE_LIST
@@ -320,6 +320,7 @@ class _Warm:
             variables[record.VARIABLES_VARIABLE] = str(cache / record.VARIABLES)
             # Before the recording, which is of what a start imports that knows them.
             variables[quantization_methods.VARIABLE] = str(self._output / quantization_methods.FILE)
+            variables[metas.VARIABLE] = str(self._output / metas.FILE)
             arguments = [*mode.engine_args, *arguments]
         server = subprocess.Popen([sys.executable, "-m", "runtime", "serve", *arguments], env=variables)
         try:

@@ -122,6 +122,57 @@ def test_a_tokenizer_that_is_parsed_once_is_the_one_that_vllm_makes(
     assert json.loads(answer)["city"] in ("Paris", "Rome")
 
 
+_METAS = """
+import json, sys
+from runtime import deferred, metas, shortcuts, state
+
+later = "later" in sys.argv
+if later:
+    known = metas.read(state.folder() / metas.FILE, shortcuts.of_installation())
+    sys.meta_path.insert(0, deferred.Deferred({metas.MODULE: ()}, known=known))
+import torch
+
+if later:
+    metas.find_as_attributes(known)
+    assert len(known.operators) > 1000 and not known.modules & set(sys.modules)
+first = sys.argv[1]
+if first == "attribute":
+    told = [len(torch._decomp.decomposition_table)]
+elif first == "import":
+    import torch._refs as refs
+    told = [len(refs.__all__)]
+elif first == "compiler":
+    import torch._dynamo, torch._inductor.lowering
+    told = [len(torch._inductor.lowering.lowerings)]
+else:
+    told = []
+a = torch.empty(4, 4, device="meta")
+b = a.to(torch.complex64)
+told += [str(torch.nn.Linear(4, 3, device="meta")(a)), str(torch.linalg.cholesky(a)), str(torch.fft.fft(b))]
+told += [str(torch.empty_like(a).copy_(a).add_(1).t().contiguous()), str(a.sort()), str(torch.sigmoid(b))]
+for wrong in (lambda: a.nonzero(), lambda: torch.linalg.cholesky(a[:3]), lambda: a.item()):
+    try:
+        told.append(str(wrong()))
+    except Exception as error:
+        told.append(type(error).__name__)
+import torch._decomp
+told += [len(torch._decomp.meta_table), len(torch._decomp.decomposition_table)]
+with torch._subclasses.FakeTensorMode() as mode:
+    told.append(str(torch.nn.functional.softmax(torch.empty(2, 3), -1)))
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.parametrize("first", ["operator", "attribute", "import", "compiler"])
+def test_tensors_without_data_compute_the_same(
+    first: str, plain: Any, start: Callable[..., Container]
+) -> None:
+    container = start(plain["tag"])
+    wait_ready(container)
+    theirs, ours = (_json(container, ["python3", "-c", _METAS, first, *how]) for how in ((), ("later",)))
+    assert ours == theirs
+
+
 _CHAT = """
 import json, sys
 from runtime import golden
