@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import json
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -90,24 +89,19 @@ def _registered() -> set[str]:
 def stand_in(operators: Sequence[str], run: Callable[[], None]) -> None:
     """Register a kernel of each operator that calls `run`, which registers the real one, and asks again.
 
-    run: returns once it is done, by whatever thread.
+    run: returns once that is done, by whatever thread, or at once where it is the caller who does it.
     """
     torch: Any = sys.modules["torch"]
-    runs_it: int | None = None
-    done = False
 
     def call(operator: str, *args: Any, **kwargs: Any) -> Any:
-        nonlocal runs_it, done
-        if done or runs_it == threading.get_ident():  # there is no other kernel, or not yet
-            raise NotImplementedError(f"{operator} has no kernel for tensors without data (meta)")
-        runs_it = runs_it or threading.get_ident()
         with warnings.catch_warnings():  # torch's, that there was a kernel already
             warnings.simplefilter("ignore")
             run()
-        done = True
         space, _, name = operator.partition("::")
-        packet = getattr(getattr(torch.ops, space), name.partition(".")[0])
-        return getattr(packet, name.partition(".")[2] or "default")(*args, **kwargs)
+        if f"{space}/{name}/Meta" not in _registered():
+            raise NotImplementedError(f"{operator} has no kernel for tensors without data (meta)")
+        packet, _, overload = name.partition(".")
+        return getattr(getattr(getattr(torch.ops, space), packet), overload or "default")(*args, **kwargs)
 
     for operator in operators:
         space = operator.partition("::")[0]
