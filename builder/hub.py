@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ class Repository:
 
 
 _AT_ONCE = 8
+_LOOK_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -440,7 +442,11 @@ def _interruptible(function: Callable[[], Any]) -> Any:
             outcome.put((False, RuntimeError(f"{type(error).__name__}: {error}")))
 
     threading.Thread(target=run, daemon=True).start()
-    ok, value = outcome.get()
+    while True:
+        # A signal that comes between Python's last look for one and the wait does not end the wait.
+        with suppress(queue.Empty):
+            ok, value = outcome.get(timeout=_LOOK_SECONDS)
+            break
     if not ok:
         raise value
     return value
