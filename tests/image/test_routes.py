@@ -20,9 +20,11 @@ from tests.image.conftest import ENGINE_ARGS, FLOAT32, coldstart, get, wait_read
 
 # One of vLLM's examples asks for this model by name.
 MODEL = "Qwen/Qwen3-8B"
-TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
 # The examples wait for a minute: what a small model samples may run on for longer, on a slow machine.
-TOOLS += ("--override-generation-config", '{"max_new_tokens": 400}')
+TOOLS = (
+    *("--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    *("--override-generation-config", '{"max_new_tokens": 400}'),
+)
 _ASK = [{"role": "user", "content": "What is the capital of France?"}]
 _TOOL = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 _FIXED: dict[str, Any] = {"model": MODEL, "temperature": 0}
