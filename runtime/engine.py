@@ -195,7 +195,7 @@ def _prepare_app(arguments: _Arguments, renderer: Any) -> None:
             # vLLM does so once more when it builds the app; what takes long of it, it remembers.
             from vllm.renderers.params import ChatParams
 
-            with tokenizer.tokenizer_is_no_processor():
+            with tokenizer.is_no_processor():
                 renderer.warmup(ChatParams())
         except Exception as error:
             logs.say(f"what the app is made of is imported when it is built: {error!r}", "warning")

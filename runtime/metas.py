@@ -82,7 +82,8 @@ class Noting(MetaPathFinder):
 
 def _registered() -> set[str]:
     """What Python registered with torch, such as "aten/add.Tensor/Meta"; torch keeps it itself."""
-    found: set[str] = vars(sys.modules["torch.library"])["_impls"]
+    library: Any = sys.modules["torch.library"]
+    found: set[str] = library._impls
     return found
 
 

@@ -152,7 +152,7 @@ def shortcomings(settings: Settings, facts: Facts) -> Iterator[str]:
     if settings.float32 and "float32" in settings.mode_args:
         yield (
             "this CPU lacks AVX-512, and computes 16-bit floats in software: float32 is taken, which is "
-            "quicker and takes twice the memory (--dtype auto keeps the model's own)"
+            "quicker but for one short request, and takes twice the memory (--dtype auto does without)"
         )
 
 

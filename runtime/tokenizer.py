@@ -149,7 +149,7 @@ def _share_vocabularies(module: Any) -> None:
 
 
 @contextmanager
-def tokenizer_is_no_processor() -> Iterator[None]:
+def is_no_processor() -> Iterator[None]:
     """While the block runs, who asks transformers for a model's processor gets no tokenizer instead.
 
     vLLM asks for that of a text model too, for a chat template, and has no use for a second tokenizer.

@@ -62,7 +62,7 @@ def test_who_asks_for_a_processor_gets_no_tokenizer(put: Put) -> None:
     put("transformers/models/auto/processing_auto.py", "class AutoTokenizer: pass\n")
     module: Any = importlib.import_module("transformers.models.auto.processing_auto")
     own = module.AutoTokenizer
-    with tokenizer.tokenizer_is_no_processor(), pytest.raises(ValueError, match="no processor"):
+    with tokenizer.is_no_processor(), pytest.raises(ValueError, match="no processor"):
         module.AutoTokenizer.from_pretrained("a model", trust_remote_code=False)
     assert module.AutoTokenizer is own
 
